@@ -1,0 +1,47 @@
+# Two commands do everything: `make demo` runs the main job, `make test` the tests. Each sets itself up.
+#   PYTHON=python3.12   the interpreter that .venv is made with
+#   NO_VENV=1           use $(PYTHON)'s own environment and install nothing (no network needed)
+
+PYTHON ?= python3
+VENV := .venv
+TORCH := $(shell grep '^torch==' constraints.txt)
+# Without an NVIDIA driver torch comes from its CPU index: a tenth of the size.
+CPU_INDEX := $(if $(shell command -v nvidia-smi),,--index-url https://download.pytorch.org/whl/cpu)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -q
+
+ifdef NO_VENV
+RUN := $(PYTHON)
+SETUP :=
+else
+RUN := $(VENV)/bin/python
+SETUP := $(VENV)/installed
+endif
+
+.PHONY: demo test test-gpu campaign lint clean
+
+demo: $(SETUP)
+	$(RUN) -m sp_fast verify
+
+test: $(SETUP) $(if $(NO_VENV),,lint)
+	$(RUN) -m pytest -m "not gpu and not campaign" $(ARGS)
+
+test-gpu: $(SETUP)
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+campaign: $(SETUP)
+	$(RUN) -m pytest -m campaign -s --timeout 0 $(ARGS)
+
+lint: $(SETUP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("python 3.11 or newer is needed: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "setuptools>=77" wheel
+	$(PIP) $(CPU_INDEX) $(TORCH) || $(PIP) $(TORCH)
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@

@@ -1,0 +1,64 @@
+"""What a figure was measured on: part of every result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sp_fast
+
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and commit."""
+    return {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cores": len(_cores()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "sp_fast": sp_fast.__version__,
+        "commit": _commit(),
+    }
+
+
+def _cores() -> set[int]:
+    import os
+
+    return os.sched_getaffinity(0)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+changes" where files differ from it; None for an installed package."""
+    root = Path(sp_fast.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "--short=12", "HEAD")
+        return head + ("+changes" if _git(root, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()

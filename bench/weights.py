@@ -1,0 +1,37 @@
+"""Projector weights for a measurement: a checkpoint's, or seeded random ones that every process makes alike."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+from sp_fast import SPProjector, SPProjectorConfig
+from sp_fast.checkpoint import official_entries
+from sp_fast.tensor_files import StoredTensor
+
+
+def official_shapes(config: SPProjectorConfig) -> dict[str, tuple[int, ...]]:
+    """Every official tensor of a configuration and its shape."""
+    projector = SPProjector(config, device="meta")
+    parameters = dict(projector.named_parameters())
+    return {e.official: tuple(e.view(parameters[e.ours]).shape) for e in official_entries(projector)}
+
+
+def random_weights(config: SPProjectorConfig, seed: int, dtype: torch.dtype) -> dict[str, StoredTensor]:
+    """Seeded weights in the official layout, each made when it is read: nothing is 0 or 1 that need not be."""
+    return {
+        key: StoredTensor(shape, dtype, lambda key=key, shape=shape: _random(key, shape, seed).to(dtype))
+        for key, shape in official_shapes(config).items()
+    }
+
+
+def _random(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) ^ seed)
+    if len(shape) == 1:  # biases around 0, normalisation weights around 1
+        centre = 0.0 if key.endswith("bias") else 1.0
+        return torch.randn(shape, generator=generator).mul_(0.1).add_(centre)
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

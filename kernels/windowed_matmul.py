@@ -1,0 +1,197 @@
+"""Windowed matmul: all convolutions of the projector as products of map rows with packed weights.
+
+    out[b, o, :] = sum_q rows[b, source(o, q), :] @ weight[cell + q]          (window.py defines source)
+    dweight[cell + q] = sum_{b, o} rows[b, source(o, q), :]^T @ dout[b, o, :]
+    drows[b, source(o, q), :] += dout[b, o, :] @ weight[cell + q]^T
+
+What it saves: a convolution library re-lays ``[D, C, k, k]`` weights out on every call, three times the bytes of the
+product itself; autograd over slices of a packed parameter would allocate a full-size gradient for every level. Here a
+weight ``[cells, C, D]`` is read once, in place, and its gradient is written once, into one buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sp_fast.kernels.autocast import autocast_tensors, no_autocast
+from sp_fast.kernels.window import Window, decode_windows
+
+
+def windowed_matmul(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int]) -> Tensor:
+    """Every window's product, in one differentiable call.
+
+    Args:
+        rows: ``[B, R, C]``, R the rows of an image; any strides.
+        weights: packed weights ``[cells, C, D]``, of one dtype and device with ``rows``.
+        windows: integers of ``encode_windows``.
+    Returns:
+        ``[B, O, D]``: the outputs of all windows, in their order.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together, or a window that leaves its tensors.
+    Gradients: for ``rows`` and ``weights``, each only where asked for; differentiable once.
+    """
+    rows, *weights = autocast_tensors(rows, *weights)
+    _check(rows, weights, decode_windows(windows))
+    with no_autocast(rows):
+        return _forward_op(rows, list(weights), list(windows))
+
+
+def _check(rows: Tensor, weights: Sequence[Tensor], windows: list[Window]) -> None:
+    if rows.dim() != 3:
+        raise ValueError(f"rows must be [batch, rows, width], not of shape {tuple(rows.shape)}")
+    for weight in weights:
+        if weight.dim() != 3 or weight.shape[1] != rows.shape[2] or weight.shape[2] != weights[0].shape[2]:
+            raise ValueError(
+                f"a weight of shape {tuple(weight.shape)} is not [cells, {rows.shape[2]}, {weights[0].shape[-1]}]"
+            )
+        if weight.dtype != rows.dtype:
+            raise ValueError(
+                f"the features are {rows.dtype} but the weights {weight.dtype}: cast one of them "
+                f"(features.to(weight.dtype) or module.to(features.dtype)), or run under torch.autocast"
+            )
+        if weight.device != rows.device:
+            raise ValueError(f"the features are on {rows.device} but the weights on {weight.device}: move one of them")
+    for w in windows:
+        cells = weights[w.weight].shape[0]
+        if w.last_source >= rows.shape[1] or w.cell + w.cells > cells or w.origin < 0:
+            raise ValueError(f"{w} leaves the {rows.shape[1]} rows or the weight's {cells} cells")
+
+
+# The torch path. A window is walked row by row, every cell a product of its own. That is the faster order on a CPU (a
+# thin product with K = 589,824 is not), and the more exact one: each sum has C terms before the cells are added up.
+
+
+def windowed_matmul_torch(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
+    """The forward by matrix products; accumulates as torch's matmul does."""
+    rows = _dense_rows(rows)
+    return torch.cat([_window_product(rows, weights[w.weight], w) for w in windows], dim=1)
+
+
+def windowed_matmul_dweight_torch(
+    grad: Tensor, rows: Tensor, cells: Sequence[int], windows: Sequence[Window]
+) -> list[Tensor]:
+    """The weights' gradients, each ``[cells, C, D]`` in one buffer; ``cells`` of 0 skips a weight."""
+    rows = _dense_rows(rows)
+    # Cells that no window meets have zero gradient; the projector's windows meet every cell, so nothing is zeroed there.
+    met = [sum(w.cells for w in windows if w.weight == i) for i in range(len(cells))]
+    shape = (rows.shape[2], grad.shape[2])
+    grads = [(rows.new_empty if met[i] == n else rows.new_zeros)((n, *shape)) for i, n in enumerate(cells)]
+    for w, dout in zip(windows, _split(grad, windows), strict=True):
+        if cells[w.weight]:
+            for cell, operand in _row_operands(rows, w):
+                out = grads[w.weight][cell : cell + w.width]
+                torch.bmm(operand.transpose(1, 2), dout.expand(w.width, -1, -1), out=out)
+    return grads
+
+
+def windowed_matmul_drows_torch(
+    grad: Tensor, rows: Tensor, weights: Sequence[Tensor], windows: Sequence[Window]
+) -> Tensor:
+    """The rows' gradient ``[B, R, C]``, summed in at least float32 where windows overlap."""
+    batch, _, width = rows.shape
+    total = rows.new_zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32))
+    for w, dout in zip(windows, _split(grad, windows), strict=True):
+        for down in range(w.height):
+            cell = w.cell + down * w.width
+            part = dout @ weights[w.weight][cell : cell + w.width].flatten(0, 1).t()
+            part = part.view(batch, w.outputs, w.width, width)
+            for output in range(w.outputs):
+                start = w.source(output, down * w.width)
+                total[:, start : start + w.width] += part[:, output]
+    return total.to(rows.dtype)
+
+
+def _window_product(rows: Tensor, weight: Tensor, w: Window) -> Tensor:
+    """One window's outputs ``[B, outputs, D]``."""
+    batch, depth = rows.shape[0], weight.shape[2]
+    if rows.dtype.itemsize < 4:  # half precision would round every partial sum: one product, which sums in float32
+        cells = torch.cat([operand for _, operand in _row_operands(rows, w)])
+        columns = cells.transpose(0, 1).reshape(batch * w.outputs, w.cells * rows.shape[2])
+        return (columns @ weight[w.cell : w.cell + w.cells].flatten(0, 1)).view(batch, w.outputs, depth)
+    out = rows.new_zeros(batch * w.outputs, depth)
+    for cell, operand in _row_operands(rows, w):
+        out += torch.bmm(operand, weight[cell : cell + w.width]).sum(0)
+    return out.view(batch, w.outputs, depth)
+
+
+def _row_operands(rows: Tensor, w: Window) -> Iterator[tuple[int, Tensor]]:
+    """For each window row: its first weight cell, and the rows that its cells read, ``[width, B * outputs, C]``.
+
+    A view for a single output; overlapping outputs take a copy, of one window row.
+    """
+    batch, width = rows.shape[0], rows.shape[2]
+    size = (w.width, batch, w.out_height, w.out_width, width)
+    stride = (width, rows.stride(0), w.step * w.row_stride * width, w.step * width, 1)
+    for down in range(w.height):
+        offset = rows.storage_offset() + w.source(0, down * w.width) * width
+        operand = rows.as_strided(size, stride, offset).reshape(w.width, batch * w.outputs, width)
+        yield w.cell + down * w.width, operand
+
+
+def _dense_rows(rows: Tensor) -> Tensor:
+    """Rows whose channels and rows are contiguous; a batch stride of its own (a cut-off CLS token) is kept."""
+    dense = rows.stride(2) == 1 and rows.stride(1) == rows.shape[2]
+    return rows if dense else rows.contiguous()
+
+
+def _split(grad: Tensor, windows: Sequence[Window]) -> list[Tensor]:
+    """The output gradient by window, each ``[B * outputs, D]``."""
+    return [part.flatten(0, 1) for part in grad.split([w.outputs for w in windows], dim=1)]
+
+
+# Registration: opaque to torch.compile, with shapes for tracing and a gradient that is computed only where asked for.
+
+
+@torch.library.custom_op("sp_fast::windowed_matmul", mutates_args=())
+def _forward_op(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int]) -> Tensor:
+    return windowed_matmul_torch(rows, weights, decode_windows(windows))
+
+
+@torch.library.custom_op("sp_fast::windowed_matmul_dweight", mutates_args=())
+def _dweight_op(grad: Tensor, rows: Tensor, cells: Sequence[int], windows: Sequence[int]) -> list[Tensor]:
+    return windowed_matmul_dweight_torch(grad, rows, cells, decode_windows(windows))
+
+
+@torch.library.custom_op("sp_fast::windowed_matmul_drows", mutates_args=())
+def _drows_op(grad: Tensor, rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int]) -> Tensor:
+    return windowed_matmul_drows_torch(grad, rows, weights, decode_windows(windows))
+
+
+@_forward_op.register_fake
+def _(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int]) -> Tensor:
+    outputs = sum(w.outputs for w in decode_windows(windows))
+    return rows.new_empty(rows.shape[0], outputs, weights[0].shape[2])
+
+
+@_dweight_op.register_fake
+def _(grad: Tensor, rows: Tensor, cells: Sequence[int], windows: Sequence[int]) -> list[Tensor]:
+    return [rows.new_empty(n, rows.shape[2], grad.shape[2]) for n in cells]
+
+
+@_drows_op.register_fake
+def _(grad: Tensor, rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int]) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    rows, weights, ctx.windows = inputs
+    ctx.save_for_backward(rows, *weights)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+    rows, *weights = ctx.saved_tensors
+    wants_rows, wants_weights, _ = ctx.needs_input_grad
+    drows, dweights = None, [None] * len(weights)
+    if any(wants_weights):
+        cells = [len(weight) * wanted for weight, wanted in zip(weights, wants_weights, strict=True)]
+        found = _dweight_op(grad, rows, cells, ctx.windows)
+        dweights = [dweight if wanted else None for dweight, wanted in zip(found, wants_weights, strict=True)]
+    if wants_rows:
+        drows = _drows_op(grad, rows, weights, ctx.windows)
+    return drows, dweights, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)

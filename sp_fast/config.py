@@ -1,0 +1,251 @@
+"""SPProjectorConfig: everything that varies between LLaVA-SP projectors, validated, nothing hard-coded."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sp_fast.errors import ConfigError
+from sp_fast.variants import REFUSED, SIX, VARIANTS
+
+PYRAMIDS = ("crop", "pool", "sliding")
+EXTRACTORS = ("full", "transformer")
+FUSIONS = ("concat", "sum")
+NAN_PLACES = ("spatial", "detail", "logits")
+
+
+@dataclass(frozen=True)
+class SPProjectorConfig:
+    """A LLaVA-SP projector: Spatial Feature Extractor (SFE), Detail Feature Integrator (DFI), output layer, patch MLP.
+
+    Lengths are counted in patches of the vision tower's square map. ``None`` means the rule given beside the field;
+    after construction every field holds its resolved value. Frozen, hashable, and ``from_dict(to_dict())`` is equal.
+
+    Raises:
+        ConfigError: a combination that cannot be built; the message names the field, its value and what would do.
+    """
+
+    #: spatial features from centred crops, from adaptive average pools, or from equal windows that tile the map (Tab. 5)
+    pyramid: str = "crop"
+    #: one spatial token each, from a convolution of that size. None: (4, 8, 12, 16, 20, 24), or () for "sliding";
+    #: () with a detail kernel: the detail map itself gives the tokens
+    kernel_sizes: tuple[int, ...] | None = None
+    #: rows and columns of windows where the pyramid is "sliding"; tokens run left to right, then top to bottom
+    sliding_windows: tuple[int, int] = (3, 2)
+    #: side of the detail convolution, several of them for the multi-detail variants, or None for no DFI (Tab. 6)
+    detail_kernel: int | tuple[int, ...] | None = 16
+    detail_stride: int = 2
+    #: how the attended features of several details join: side by side, or added
+    detail_fusion: str = "concat"
+    #: for each detail, whose value projection it uses. None: its own (official multi-detail code: (0, 0, 2))
+    detail_values: tuple[int, ...] | None = None
+    #: side of the centred square that pools, sliding windows and the detail convolution see.
+    #: None: the largest crop where the pyramid is "crop", else the whole grid
+    map_size: int | None = None
+    grid: int = 24
+    vision_width: int = 1024
+    spatial_width: int = 512
+    text_width: int = 4096
+    #: bias of the spatial output layer. None: the official code's (only with a DFI on the crop pyramid, single detail)
+    spatial_bias: bool | None = None
+    #: where NaN becomes 0 and infinities the largest finite number. None: everywhere where there is a DFI
+    nan_to_num: tuple[str, ...] | None = None
+    #: "full": convolutions; "transformer": encoder-decoder blocks with one learned query a token (Tab. 3)
+    extractor: str = "full"
+    transformer_layers: int = 4
+    transformer_heads: int = 8
+    transformer_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _choice("pyramid", self.pyramid, PYRAMIDS)
+        _choice("extractor", self.extractor, EXTRACTORS)
+        _choice("detail_fusion", self.detail_fusion, FUSIONS)
+        for name in ("grid", "detail_stride", "vision_width", "spatial_width", "text_width"):
+            _positive(name, getattr(self, name))
+        if self.kernel_sizes is None:
+            self._set("kernel_sizes", () if self.pyramid == "sliding" else SIX)
+        for name in ("kernel_sizes", "sliding_windows"):
+            self._set(name, _integers(name, getattr(self, name)))
+        if self.detail_kernel is not None and not isinstance(self.detail_kernel, int):
+            kernels = _integers("detail_kernel", self.detail_kernel)
+            self._set("detail_kernel", kernels if len(kernels) > 1 else kernels[0] if kernels else None)
+        self._resolve_map()
+        self._check_levels()
+        self._check_detail()
+        self._check_transformer()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _resolve_map(self) -> None:
+        if self.map_size is None:
+            crops = self.kernel_sizes if self.pyramid == "crop" else ()
+            self._set("map_size", max(crops, default=self.grid))
+        _positive("map_size", self.map_size)
+        if self.map_size > self.grid:
+            raise ConfigError(
+                f"the map of side {self.map_size} does not fit the {self.grid}x{self.grid} grid: kernel sizes and "
+                f"map_size go up to grid={self.grid}; set grid= to the vision tower's own (24 for 336 px at patch 14)"
+            )
+
+    def _check_levels(self) -> None:
+        sizes = self.kernel_sizes
+        if self.pyramid == "sliding":
+            if sizes:
+                raise ConfigError(f"pyramid='sliding' takes sliding_windows, not kernel_sizes={sizes}: leave it out")
+            if len(self.sliding_windows) != 2:
+                raise ConfigError(f"sliding_windows={self.sliding_windows} is not (rows, columns), e.g. (3, 2)")
+            if any(self.map_size % n for n in self.sliding_windows):
+                raise ConfigError(
+                    f"sliding_windows={self.sliding_windows} cannot tile a map of side {self.map_size} with equal "
+                    f"windows: choose rows and columns that divide it, or set map_size to a side that they divide"
+                )
+            return
+        if list(sizes) != sorted(set(sizes)):
+            raise ConfigError(f"kernel_sizes={sizes} must ascend without repeats: their order is the token order")
+        limit = self.map_size if self.pyramid == "pool" else self.grid
+        if sizes and sizes[-1] > limit:
+            raise ConfigError(f"kernel size {sizes[-1]} is larger than the {limit}x{limit} map that it should cover")
+        if not sizes and self.detail_kernel is None:
+            raise ConfigError("kernel_sizes=() without a detail_kernel gives no spatial tokens: name at least one")
+
+    def _check_detail(self) -> None:
+        kernels = self.detail_kernels
+        for kernel in kernels:
+            if not 0 < kernel <= self.map_size:
+                raise ConfigError(
+                    f"detail_kernel={kernel} does not fit the map of side {self.map_size} that the detail convolution "
+                    f"sees: choose 1 to {self.map_size}, or a larger map_size"
+                )
+        if not self.levels and len(kernels) > 1:
+            raise ConfigError(f"kernel_sizes=() takes its tokens from one detail map, not from {len(kernels)}")
+        if self.detail_values is None or not self.attends:
+            self._set("detail_values", tuple(range(len(kernels))) if self.attends else ())
+        self._set("detail_values", _integers("detail_values", self.detail_values, least=0))
+        if self.attends and (len(self.detail_values) != len(kernels) or max(self.detail_values) >= len(kernels)):
+            raise ConfigError(
+                f"detail_values={self.detail_values} must name, for each of the {len(kernels)} details, the detail "
+                f"(0 to {len(kernels) - 1}) whose value projection it uses"
+            )
+        if self.nan_to_num is None:
+            self._set("nan_to_num", NAN_PLACES if self.attends else ())
+        for place in self.nan_to_num:
+            _choice("nan_to_num", place, NAN_PLACES)
+        self._set("nan_to_num", tuple(place for place in NAN_PLACES if place in self.nan_to_num))
+        if self.spatial_bias is None:
+            self._set("spatial_bias", self.attends and self.pyramid == "crop" and len(kernels) == 1)
+
+    def _check_transformer(self) -> None:
+        _positive("transformer_layers", self.transformer_layers)
+        _positive("transformer_heads", self.transformer_heads)
+        if not 0 <= self.transformer_dropout < 1:
+            raise ConfigError(f"transformer_dropout={self.transformer_dropout} is no probability in [0, 1)")
+        if self.extractor != "transformer":
+            return
+        if self.spatial_width != self.vision_width:
+            raise ConfigError(
+                f"extractor='transformer' keeps the vision width: spatial_width must be {self.vision_width}, "
+                f"not {self.spatial_width}"
+            )
+        if self.vision_width % self.transformer_heads:
+            raise ConfigError(
+                f"transformer_heads={self.transformer_heads} does not divide vision_width={self.vision_width}"
+            )
+        if self.detail_kernel is not None:
+            raise ConfigError("extractor='transformer' has no detail convolution: set detail_kernel=None")
+
+    @property
+    def levels(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each spatial convolution, in token order."""
+        if self.pyramid == "sliding":
+            rows, columns = self.sliding_windows
+            return ((self.map_size // rows, self.map_size // columns),) * (rows * columns)
+        return tuple((k, k) for k in self.kernel_sizes)
+
+    @property
+    def detail_kernels(self) -> tuple[int, ...]:
+        """The detail convolutions' kernel sizes; () where there is no DFI."""
+        if self.detail_kernel is None:
+            return ()
+        return (self.detail_kernel,) if isinstance(self.detail_kernel, int) else self.detail_kernel
+
+    @property
+    def detail_sides(self) -> tuple[int, ...]:
+        """Side of each detail map: ``(map_size - kernel) // stride + 1``."""
+        return tuple((self.map_size - k) // self.detail_stride + 1 for k in self.detail_kernels)
+
+    @property
+    def attends(self) -> bool:
+        """True where spatial tokens attend to detail maps (paper, DFI)."""
+        return bool(self.levels) and self.detail_kernel is not None
+
+    @property
+    def spatial_tokens(self) -> int:
+        """T, the number of spatial tokens an image."""
+        return len(self.levels) or self.detail_sides[0] ** 2
+
+    @property
+    def patch_tokens(self) -> int:
+        """N, the number of patch tokens an image."""
+        return self.grid**2
+
+    @property
+    def fused_width(self) -> int:
+        """Width of the spatial output layer's input."""
+        if not self.attends:
+            return self.spatial_width
+        return self.spatial_width * (1 + (len(self.detail_kernels) if self.detail_fusion == "concat" else 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON; ``from_dict`` gives an equal configuration back."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SPProjectorConfig:
+        """Raises ConfigError for a name that is no field, with the nearest one."""
+        names = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                raise ConfigError(f"{name!r} is no field of SPProjectorConfig{_hint(near)}")
+        return cls(**values)
+
+    @classmethod
+    def variant(cls, name: str, **overrides: Any) -> SPProjectorConfig:
+        """A configuration by official string (``"conv336_cropping_sfe_dfi"``) or short name (``"crop-dfi"``).
+
+        Raises ConfigError for unknown names, and for the official leftovers that cannot work, with the reason.
+        """
+        if name in REFUSED:
+            raise ConfigError(f"{name} is not supported: {REFUSED[name]}")
+        if name not in VARIANTS:
+            near = difflib.get_close_matches(name, VARIANTS, n=1)
+            raise ConfigError(f"{name!r} is no variant{_hint(near)}; known: {', '.join(VARIANTS)}")
+        return cls(**{**VARIANTS[name], **overrides})
+
+
+def _hint(near: list[str]) -> str:
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value in allowed:
+        return
+    if isinstance(value, str) and value in REFUSED:
+        raise ConfigError(f"{name}={value!r} is not supported: {REFUSED[value]}")
+    raise ConfigError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r} must be a positive integer")
+
+
+def _integers(name: str, values: object, least: int = 1) -> tuple[int, ...]:
+    if not isinstance(values, (tuple, list)):
+        raise ConfigError(f"{name}={values!r} must be a list of integers")
+    for value in values:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name}={tuple(values)} must hold integers of {least} or more")
+    return tuple(values)

@@ -1,0 +1,25 @@
+"""Errors that a user can act on: each message names the value, the expectation and the way out."""
+
+
+class SPFastError(ValueError):
+    """Base class of the package's own errors."""
+
+
+class ConfigError(SPFastError):
+    """A projector configuration that cannot be built."""
+
+
+class CheckpointError(SPFastError):
+    """A checkpoint that cannot be loaded as a projector, whole and unchanged."""
+
+
+class ImageError(SPFastError):
+    """An image that cannot be read, or that is too large to decode safely."""
+
+
+class BackendError(SPFastError):
+    """A backend was forced that cannot run here."""
+
+
+class ResourceError(SPFastError):
+    """The machine lacks the memory that a command needs."""

@@ -1,0 +1,62 @@
+"""Detail Feature Integrator (paper, DFI): spatial features attend to the detail maps.
+
+    Q = Linear(LN(Z)), K = Linear(LN(Z_b)), V = Linear(LN(Z_b))
+    A = softmax(nan_to_num(Q (K^T / sqrt(D)))),   one head, no output projection, no residual
+    fused = [Z, A V]          several details: [Z, A_1 V_1, A_2 V_2, ...] or [Z, A_1 V_1 + A_2 V_2 + ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sp_fast.config import SPProjectorConfig
+from sp_fast.layout import PARTS
+
+INIT_STD = 0.02  # of linear layers, as transformers initialises them in the official training code
+
+
+class DetailIntegrator(nn.Module):
+    """Cross-attention of ``[B, T, D]`` spatial features over each detail map ``[B, O, D]``."""
+
+    def __init__(self, config: SPProjectorConfig, **factory: object) -> None:
+        super().__init__()
+        self.config = config
+        for part in PARTS:
+            projections = (_projection(config.spatial_width, **factory) for _ in config.detail_kernels)
+            self.add_module(part, nn.ModuleList(projections))
+        for detail, value in enumerate(self.value):
+            # The official multi-detail checkpoints hold a value projection that nothing uses: kept, never trained.
+            value.requires_grad_(detail in config.detail_values)
+
+    def forward(self, z_small: Tensor, z_big: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns the output layer's input ``[B, T, fused_width]`` and the attention ``[B, T, O]`` of each detail."""
+        attended, attentions = [], []
+        for detail, z in enumerate(z_big):
+            query, key = self.query[detail](z_small), self.key[detail](z)
+            value = self.value[self.config.detail_values[detail]](z)
+            logits = query @ (key.transpose(-1, -2) / key.shape[-1] ** 0.5)
+            attention = self._finite("logits", logits).softmax(-1)
+            attended.append(attention @ value)
+            attentions.append(attention)
+        if self.config.detail_fusion == "sum":
+            attended = [sum(attended[1:], start=attended[0])]
+        return torch.cat([z_small, *attended], dim=-1), tuple(attentions)
+
+    def _finite(self, place: str, tensor: Tensor) -> Tensor:
+        return tensor.nan_to_num() if place in self.config.nan_to_num else tensor
+
+
+def _projection(width: int, **factory: object) -> nn.Sequential:
+    linear = nn.Linear(width, width, **factory)
+    init_linear(linear)
+    return nn.Sequential(nn.LayerNorm(width, **factory), linear)
+
+
+def init_linear(linear: nn.Linear) -> None:
+    """Normal weights of standard deviation 0.02, zero bias."""
+    nn.init.normal_(linear.weight, std=INIT_STD)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

@@ -1,0 +1,3 @@
+"""The release number, read by setup.py without importing the package."""
+
+__version__ = "0.1.0"

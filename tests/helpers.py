@@ -1,0 +1,95 @@
+"""Golden files of the official code, small projectors, and a reference filled with a projector's own weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from sp_fast import ReferenceSPProjector, SPProjector, SPProjectorConfig
+from sp_fast.variants import OFFICIAL, VARIANTS
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass
+class Golden:
+    """One file: metadata, and float32 tensors by name."""
+
+    name: str
+    metadata: dict
+    tensors: dict
+
+    @property
+    def features(self):
+        return self.tensors["input.patch_features"].double()
+
+    @property
+    def config(self):
+        get = self.metadata.get
+        width = int(get("C"))
+        overrides = {"vision_width": width, "text_width": int(get("H")), "grid": int(get("grid", 24))}
+        overrides["spatial_width"] = width if get("official_variant").startswith("tfm") else int(get("D"))
+        if int(get("dfi_kernel", 0)):
+            overrides["detail_kernel"] = int(get("dfi_kernel"))
+        return SPProjectorConfig.variant(get("official_variant"), **overrides)
+
+    def state_dict(self, prefix="model."):
+        """The official tensors under another prefix."""
+        return {prefix + k.removeprefix("model."): v for k, v in self.tensors.items() if k.startswith("model.")}
+
+    def load(self):
+        """What a user would call."""
+        transformer = self.metadata["official_variant"].startswith("tfm")
+        pyramid = self.config.pyramid if transformer else None
+        return SPProjector.from_official(self.state_dict(), grid=self.config.grid, pyramid=pyramid)
+
+
+def golden_names(anyres=None):
+    names = sorted(p.stem for p in GOLDEN.glob("*.safetensors"))
+    return [n for n in names if anyres is None or n.startswith("anyres") is anyres]
+
+
+def golden(name):
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        return Golden(name, file.metadata(), {k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
+
+
+def small(variant, **overrides):
+    """A variant at widths of a few channels."""
+    widths = {"vision_width": 16, "spatial_width": 8, "text_width": 24}
+    if VARIANTS[variant].get("extractor") == "transformer":
+        widths["spatial_width"] = 16
+    return SPProjectorConfig.variant(variant, **{**widths, **overrides})
+
+
+def randomised(module, seed=0):
+    """Every parameter at random, biases and normalisation weights too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            scale = 0.5 if parameter.dim() == 1 else parameter[..., 0].numel() ** -0.5
+            if name.endswith("weight") and parameter.dim() == 3:  # packed [cells, C, D]: one output sums cells * C
+                scale = (parameter.shape[0] * parameter.shape[1]) ** -0.5 * 2
+            parameter.copy_(noise * scale + (parameter.dim() == 1 and not name.endswith("bias")))
+    return module
+
+
+def reference_of(projector, dtype=None):
+    """The reference with the same weights."""
+    state = projector.official_state_dict(prefix="")
+    dtype = dtype or next(iter(state.values())).dtype
+    reference = ReferenceSPProjector(projector.config, dtype=dtype)
+    reference.load_state_dict(state)
+    return reference.eval()
+
+
+def features_for(config, batch=2, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, config.patch_tokens, config.vision_width, generator=generator, dtype=torch.float64)
+    return (x + torch.randn(config.vision_width, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+ALL_VARIANTS = sorted(VARIANTS.keys() - {"crop", "crop-dfi", "pool", "pool-dfi"})
+OFFICIAL_VARIANTS = sorted(OFFICIAL)
