@@ -47,10 +47,7 @@ def load_official(
 
 
 def load_official_into(projector: nn.Module, source: Source) -> None:
-    """Fills a projector of any configuration from tensors in the official layout; strict, and dtypes are cast.
-
-    Raises CheckpointError, and leaves the projector's values unspecified where it is raised for a tensor's data.
-    """
+    """Behind ``SPProjector.load_official``."""
     where, tensors = _named_projector_tensors(source)
     fill(where, projector, official_entries(projector), tensors)
 

@@ -109,6 +109,16 @@ class SPProjector(nn.Module):
 
         return load_official(cls, source, grid, pyramid, backend=backend, device=device, dtype=dtype)
 
+    def load_official(self, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+        """Fills this projector, whatever its configuration, from tensors in the official layout.
+
+        Strict in names and shapes; values are cast to the projector's dtype. Raises CheckpointError: for names and
+        shapes before anything is changed, for damaged or non-finite data with the tensors before it already filled.
+        """
+        from sp_fast.checkpoint import load_official_into
+
+        load_official_into(self, source)
+
     def official_state_dict(self, prefix: str = "model.") -> dict[str, Tensor]:
         """The official layout, bit for bit: contiguous copies of the convolutions, the other tensors shared."""
         from sp_fast.checkpoint import official_state_dict

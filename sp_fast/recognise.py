@@ -16,7 +16,7 @@ from sp_fast.layout import entries
 from sp_fast.variants import OFFICIAL, REFUSED
 
 PREFIXES = ("base_model.", "module.", "model.")
-_PROJECTOR = re.compile(r"(conv_|tfm_|CM_|mm_projector|query_|key_projector|value_projector)")
+_PROJECTOR = re.compile(r"(conv_|tfm_|CM_|window_|mm_projector|query_|key_projector|value_projector)")
 # The rest of a full LLaVA-SP model; any other name is an error.
 _REST_OF_MODEL = re.compile(r"(layers|embed_tokens|norm|lm_head|vision_tower|image_newline|vision_resampler|rotary_emb)\b")
 # What the official trainer keeps in a mid-run checkpoint-N/mm_projector.bin: names containing one of these.

@@ -59,7 +59,7 @@ def small(variant, **overrides):
     """A variant at widths of a few channels."""
     widths = {"vision_width": 16, "spatial_width": 8, "text_width": 24}
     if VARIANTS[variant].get("extractor") == "transformer":
-        widths["spatial_width"] = 16
+        widths |= {"spatial_width": 16, "transformer_layers": 1, "kernel_sizes": (4, 24)}
     return SPProjectorConfig.variant(variant, **{**widths, **overrides})
 
 

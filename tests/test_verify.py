@@ -1,0 +1,179 @@
+"""`sp-fast verify` as a user runs it, in a process of its own, and the rule that it judges by."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from sp_fast import SPProjector, SPProjectorConfig
+from sp_fast.bench import verify as verify_module
+from sp_fast.bench.accuracy import compare
+from sp_fast.bench.verify import Request, check_memory, required_mib
+from sp_fast.cli import app
+from sp_fast.errors import ResourceError
+from tests.helpers import randomised
+from tests.test_vision import png_that_claims, tiny_tower
+
+# CLIP's grid of 2 x 2 patches: whole runs in seconds.
+TINY = {"vision_width": 16, "spatial_width": 8, "text_width": 24, "grid": 2, "kernel_sizes": (1, 2), "detail_kernel": 2}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The command with a tiny tower and a tiny projector."""
+    tiny_tower().model.save_pretrained(tmp_path / "tower")
+    monkeypatch.setattr(SPProjectorConfig, "variant", classmethod(lambda cls, name, **_: cls(**TINY)))
+    return ["verify", "--vision-tower", str(tmp_path / "tower"), "--runs", "2", "--threads", "1"]
+
+
+def run(arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_json_has_the_promised_fields(tiny):
+    result = run([*tiny, "--json", "--backward", "--products", "--batch", "2"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["agrees"] is True
+    assert (report["variant"], report["device"], report["dtype"], report["threads"]) == ("crop-dfi", "cpu", "float32", 1)
+    for direction in ("forward", "backward"):
+        found = report[direction]
+        assert found["reference_ms"] > 0 < found["fast_ms"]
+        assert found["speedup"] == pytest.approx(found["reference_ms"] / found["fast_ms"], rel=0.02)
+        assert 0 < found["max_rel_error"] < 1e-5
+        assert found["failed"] == []
+        assert len(found["runs_ms"]["fast"]) == 2
+    assert report["forward"]["products_ms"] > 0
+    assert report["memory"]["reference_mib"] > 50 < report["memory"]["fast_mib"]
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["parameters"] == sum(p.numel() for p in SPProjector(SPProjectorConfig(**TINY)).parameters())
+
+
+def test_tables_for_people(tiny):
+    result = run(tiny)
+    assert result.exit_code == 0, result.output
+    for text in ("z_small.0", "attention.0", "forward, ms", "peak memory", "The results agree", "random (seed 0)"):
+        assert text in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_agrees(tiny, dtype):
+    result = run([*tiny, "--json", "--dtype", dtype, "--backward"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["dtype"] == dtype
+
+
+def test_disagreement_is_exit_code_1(tiny, monkeypatch):
+    def shifted(name, fast, reference, exact, dtype):
+        return compare(name, fast * (1 + 1e-4) if name == "z_small.1" else fast, reference, exact, dtype)
+
+    monkeypatch.setattr(verify_module, "compare", shifted)
+    result = run([*tiny, "--json"])
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["agrees"] is False
+    assert report["forward"]["failed"] == ["z_small.1"]
+    assert "disagree" in run(tiny).stdout
+
+
+def test_wrong_input_is_exit_code_1_with_one_line(tiny, tmp_path):
+    png_that_claims(tmp_path / "bomb.png", 9000, 9000)
+    save_file({"model.conv_4.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    cases = {
+        ("--image", str(tmp_path / "none.jpg")): "No such file",
+        ("--image", str(tmp_path / "bomb.png")): "scale it down first",
+        ("--checkpoint", str(tmp_path)): "no mm_projector tensors",
+        ("--vision-tower", str(tmp_path / "none")): "is no folder",
+    }
+    for arguments, message in cases.items():
+        result = run([*tiny, *arguments])
+        assert result.exit_code == 1, arguments
+        assert result.stdout == ""
+        assert result.stderr.startswith("sp-fast verify: ")
+        assert message in result.stderr
+        assert "Traceback" not in result.output
+
+
+def test_unknown_variants_and_unfitting_towers(tmp_path):
+    result = run(["verify", "--variant", "conv336_CM"])
+    assert result.exit_code == 1
+    assert "shape error" in result.stderr
+    tiny_tower().model.save_pretrained(tmp_path)
+    result = run(["verify", "--vision-tower", str(tmp_path), "--spatial-width", "8"])
+    assert result.exit_code == 1
+    assert "the vision tower does not fit the projector" in result.stderr
+
+
+def test_a_checkpoint_is_verified_with_its_own_weights(tmp_path, monkeypatch):
+    """A whole official checkpoint, from file to verdict, on features of the true grid."""
+    widths = {"vision_width": 16, "spatial_width": 8, "text_width": 24}
+    projector = randomised(SPProjector(SPProjectorConfig.variant("pool-dfi", **widths)))
+    save_file(projector.official_state_dict(), tmp_path / "model.safetensors")
+
+    def features(request, config, folder, progress):
+        save_file({"patch_features": torch.randn(1, 576, 16)}, folder / "features.safetensors")
+        return {"projector_weights": str(request.checkpoint)}
+
+    monkeypatch.setattr(verify_module, "_write_features", features)
+    report = verify_module.verify(Request(checkpoint=tmp_path, runs=1, threads=1), lambda stage: None)
+    assert report.agrees
+    assert report.variant == "from checkpoint"
+    assert "attention.0" in [c.name for c in report.forward.comparisons]
+    assert report.parameters == sum(p.numel() for p in projector.parameters())
+
+
+def test_too_little_memory_is_said_before_anything_is_built(monkeypatch):
+    config = SPProjectorConfig()
+    enough = required_mib(SPProjectorConfig(spatial_width=128), Request()) + 1
+    monkeypatch.setattr(verify_module, "available_mib", lambda: enough)
+    with pytest.raises(ResourceError, match=r"MiB are needed, but .* available; --spatial-width 128 needs"):
+        check_memory(config, Request())
+    monkeypatch.setattr(verify_module, "available_mib", lambda: 10.0)
+    with pytest.raises(ResourceError, match="close other programs"):
+        check_memory(config, Request())
+    monkeypatch.setattr(verify_module, "available_mib", lambda: 1e6)
+    check_memory(config, Request())
+
+
+def test_a_worker_that_fails_says_why(tiny, monkeypatch):
+    monkeypatch.setitem(verify_module.DTYPES, "float32", torch.int32)
+    with pytest.raises(RuntimeError, match="exact: "):
+        CliRunner().invoke(app, tiny, catch_exceptions=False)
+
+
+class TestRule:
+    exact = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
+
+    def judge(self, fast, reference=None):
+        return compare("x", self.exact + fast, self.exact + (reference or 0.0), self.exact, torch.float32)
+
+    def test_passes_within_one_and_a_half_times_torchs_error_and_an_ulp(self):
+        ulp = torch.finfo(torch.float32).eps
+        assert self.judge(0.9 * ulp).passed
+        assert self.judge(1.4e-3, 1e-3).passed
+        assert not self.judge(1.6e-3, 1e-3).passed
+        assert not self.judge(1e-5).passed
+
+    def test_one_wrong_element_fails(self):
+        wrong = torch.tensor([0.0, 0.0, 3e-3], dtype=torch.float64)
+        assert not self.judge(wrong, 1e-3).passed
+
+    def test_zeros_and_nan_fail(self):
+        assert not compare("x", self.exact * 0, self.exact, self.exact, torch.float32).passed
+        assert not self.judge(torch.nan).passed
+        assert not self.judge(torch.nan, torch.nan).passed
+
+
+def test_help_is_quick_and_names_units():
+    begin = time.perf_counter()
+    result = subprocess.run([sys.executable, "-m", "sp_fast", "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - begin < 1.0
+    assert "verify" in result.stdout
+    text = subprocess.run([sys.executable, "-m", "sp_fast", "verify", "--help"], capture_output=True, text=True).stdout
+    assert "time (ms)" in text
+    assert "(MiB)" in text
