@@ -17,16 +17,13 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/installed
 endif
 
-.PHONY: demo test test-gpu campaign lint clean
+.PHONY: demo test campaign lint clean
 
 demo: $(SETUP)
 	$(RUN) -m sp_fast verify
 
 test: $(SETUP) $(if $(NO_VENV),,lint)
-	$(RUN) -m pytest -m "not gpu and not campaign" $(ARGS)
-
-test-gpu: $(SETUP)
-	$(RUN) -m pytest -m gpu $(ARGS)
+	$(RUN) -m pytest -m "not campaign" $(ARGS)
 
 campaign: $(SETUP)
 	$(RUN) -m pytest -m campaign -s --timeout 0 $(ARGS)

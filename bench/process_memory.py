@@ -9,8 +9,10 @@ import torch
 MIB = 2**20
 
 
-def available_mib() -> float:
-    """Memory that new work can take without swapping: the machine's, or the control group's where that is less."""
+def available_mib(device: torch.device) -> float:
+    """Memory that new work can take: the GPU's, or the machine's, or its control group's where that is less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / MIB
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) / 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -36,7 +38,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float:
-    """Largest memory since ``reset_peak``: the allocator's on CUDA, else the process's resident set, imports included."""
+    """Largest since ``reset_peak``: the allocator's on CUDA, else the process's resident set, imports included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
     return status_mib("VmHWM")

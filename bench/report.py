@@ -37,7 +37,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print_errors(title: str, comparisons: list[Comparison], console: Console) -> None:
-    columns = ("", "official form", "sp_fast", "largest: official form", "sp_fast", "")
+    columns = ("", "norm, official", "norm, sp_fast", "largest, official", "largest, sp_fast", "")
     table = Table(*columns, title=f"{title}: relative norm, and largest difference", title_justify="left")
     for c in comparisons:
         errors = (c.reference_error, c.fast_error, c.reference_largest, c.fast_largest)

@@ -27,6 +27,7 @@ from sp_fast.checkpoint import official_config
 from sp_fast.errors import ConfigError, ResourceError
 from sp_fast.vision import clip_tower, load_image, patch_features, sample_photograph
 
+STAGES = ("z_small", "z_big", "attention", "spatial_tokens", "patch_tokens")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -112,6 +113,7 @@ def verify(request: Request, progress: Callable[[str], None]) -> Report:
     Raises:
         SPFastError: an unreadable image, tower or checkpoint, an unknown variant, or too little memory.
     """
+    check_device(request.device)
     config, variant = _configure(request)
     check_memory(config, request)
     with tempfile.TemporaryDirectory(prefix="sp_fast-verify-") as name:
@@ -163,9 +165,18 @@ def required_mib(config: SPProjectorConfig, request: Request) -> float:
     return (max(exact, pair) + activations) / MIB + 1200  # and the imports of three processes
 
 
+def check_device(name: str) -> None:
+    """Raises ConfigError for a device that torch does not know or cannot reach."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}); without a working GPU, choose cpu") from error
+
+
 def check_memory(config: SPProjectorConfig, request: Request) -> None:
     """Raises ResourceError, with a width that would fit, where the machine's free memory is too little."""
-    available, required = available_mib(), required_mib(config, request)
+    available, required = available_mib(torch.device(request.device)), required_mib(config, request)
     if required <= available:
         return
     message = f"about {required:,.0f} MiB are needed, but {available:,.0f} MiB are available"
@@ -229,6 +240,12 @@ def _check_fit(features: Tensor, config: SPProjectorConfig) -> None:
         raise ConfigError(f"the vision tower does not fit the projector: {error}") from error
 
 
+def _order(name: str) -> tuple[int, int, str]:
+    """Results in the order in which they are computed."""
+    stage, _, index = name.partition(".")
+    return STAGES.index(stage) if stage in STAGES else -1, int(index) if index.isdigit() else 0, name
+
+
 def _measure(
     request: Request,
     workers: dict[str, Worker],
@@ -245,7 +262,8 @@ def _measure(
     result = Direction({name: [] for name in workers})
     dtype = DTYPES[request.dtype]
     result.comparisons = [
-        compare(key, found["fast"][key], found["reference"][key], exact, dtype) for key, exact in expected.items()
+        compare(key, found["fast"][key], found["reference"][key], expected[key], dtype)
+        for key in sorted(expected, key=_order)
     ]
     for name in workers.keys() - found.keys():
         workers[name].ask("time_ms", direction)

@@ -60,8 +60,8 @@ def _check(rows: Tensor, weights: Sequence[Tensor], windows: list[Window]) -> No
             raise ValueError(f"{w} leaves the {rows.shape[1]} rows or the weight's {cells} cells")
 
 
-# The torch path. A window is walked row by row, every cell a product of its own. That is the faster order on a CPU (a
-# thin product with K = 589,824 is not), and the more exact one: each sum has C terms before the cells are added up.
+# The torch path. A window is walked row by row, every cell a product of its own. On a CPU that is faster than one thin
+# product with K = 589,824, and more exact: each sum has C terms before the cells are added up.
 
 
 def windowed_matmul_torch(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
@@ -75,7 +75,7 @@ def windowed_matmul_dweight_torch(
 ) -> list[Tensor]:
     """The weights' gradients, each ``[cells, C, D]`` in one buffer; ``cells`` of 0 skips a weight."""
     rows = _dense_rows(rows)
-    # Cells that no window meets have zero gradient; the projector's windows meet every cell, so nothing is zeroed there.
+    # Cells that no window meets have zero gradient. A projector's windows meet every cell: nothing is written twice.
     met = [sum(w.cells for w in windows if w.weight == i) for i in range(len(cells))]
     shape = (rows.shape[2], grad.shape[2])
     grads = [(rows.new_empty if met[i] == n else rows.new_zeros)((n, *shape)) for i, n in enumerate(cells)]

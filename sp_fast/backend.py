@@ -15,7 +15,7 @@ class Backend(NamedTuple):
 
 
 def choose_backend(requested: str) -> Backend:
-    """"auto" takes the fastest that can run; a forced choice fails rather than falls back.
+    """ "auto" takes the fastest that can run; a forced choice fails rather than falls back.
 
     Raises:
         BackendError: an unknown name, or a backend that this installation cannot run.

@@ -71,7 +71,9 @@ def official_entries(projector: nn.Module) -> list[Entry]:
 def official_state_dict(projector: nn.Module, prefix: str = "model.") -> dict[str, Tensor]:
     """Behind ``SPProjector.official_state_dict``."""
     state = projector.state_dict()
-    return {prefix + entry.official: entry.view(state[entry.ours]).contiguous() for entry in official_entries(projector)}
+    return {
+        prefix + entry.official: entry.view(state[entry.ours]).contiguous() for entry in official_entries(projector)
+    }
 
 
 def save_pretrained(projector: nn.Module, folder: str | os.PathLike[str], force: bool = False) -> None:
@@ -84,10 +86,10 @@ def save_pretrained(projector: nn.Module, folder: str | os.PathLike[str], force:
     config = {"model_type": MODEL_TYPE, **projector.config.to_dict()}
     aside = folder / f".{WEIGHTS_FILE}.part"
     save_file({name: tensor.contiguous() for name, tensor in projector.state_dict().items()}, aside)
-    os.replace(aside, folder / WEIGHTS_FILE)
+    aside.replace(folder / WEIGHTS_FILE)
     aside = folder / f".{CONFIG_FILE}.part"
     aside.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(aside, folder / CONFIG_FILE)
+    aside.replace(folder / CONFIG_FILE)
 
 
 def load_pretrained(

@@ -69,7 +69,9 @@ def verify(
     products: Annotated[
         bool, typer.Option("--products", help="Also time the forward's bare matrix products, written by hand.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (times in ms, memory in MiB).")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object (times in ms, memory in MiB).")
+    ] = False,
 ) -> None:
     """Compare the fast projector with the official form on a real photograph: errors, time (ms) and memory (MiB).
 

@@ -26,7 +26,7 @@ class SPProjectorConfig:
         ConfigError: a combination that cannot be built; the message names the field, its value and what would do.
     """
 
-    #: spatial features from centred crops, from adaptive average pools, or from equal windows that tile the map (Tab. 5)
+    #: spatial features from centred crops, adaptive average pools, or equal windows that tile the map (Tab. 5)
     pyramid: str = "crop"
     #: one spatial token each, from a convolution of that size. None: (4, 8, 12, 16, 20, 24), or () for "sliding";
     #: () with a detail kernel: the detail map itself gives the tokens

@@ -1,6 +1,6 @@
 """Spatial extractors: patch features in, spatial features and detail maps out. One interface, one class a kind.
 
-    extractor(patch_features [B, N, C]) -> z_small [B, T, D], z_big: list of [B, O, D]
+extractor(patch_features [B, N, C]) -> z_small [B, T, D], z_big: list of [B, O, D]
 """
 
 from __future__ import annotations

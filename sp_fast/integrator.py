@@ -1,8 +1,8 @@
 """Detail Feature Integrator (paper, DFI): spatial features attend to the detail maps.
 
-    Q = Linear(LN(Z)), K = Linear(LN(Z_b)), V = Linear(LN(Z_b))
-    A = softmax(nan_to_num(Q (K^T / sqrt(D)))),   one head, no output projection, no residual
-    fused = [Z, A V]          several details: [Z, A_1 V_1, A_2 V_2, ...] or [Z, A_1 V_1 + A_2 V_2 + ...]
+Q = Linear(LN(Z)), K = Linear(LN(Z_b)), V = Linear(LN(Z_b))
+A = softmax(nan_to_num(Q (K^T / sqrt(D)))),   one head, no output projection, no residual
+fused = [Z, A V]          several details: [Z, A_1 V_1, A_2 V_2, ...] or [Z, A_1 V_1 + A_2 V_2 + ...]
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ class DetailIntegrator(nn.Module):
             query, key = self.query[detail](z_small), self.key[detail](z)
             value = self.value[self.config.detail_values[detail]](z)
             logits = query @ (key.transpose(-1, -2) / key.shape[-1] ** 0.5)
-            attention = self._finite("logits", logits).softmax(-1)
+            attention = finite_where("logits", logits, self.config).softmax(-1)
             attended.append(attention @ value)
             attentions.append(attention)
         if self.config.detail_fusion == "sum":
             attended = [sum(attended[1:], start=attended[0])]
         return torch.cat([z_small, *attended], dim=-1), tuple(attentions)
 
-    def _finite(self, place: str, tensor: Tensor) -> Tensor:
-        return tensor.nan_to_num() if place in self.config.nan_to_num else tensor
+
+def finite_where(place: str, tensor: Tensor, config: SPProjectorConfig) -> Tensor:
+    """The tensor with NaN as 0 and infinities as the largest finite numbers, where the configuration says so."""
+    return tensor.nan_to_num() if place in config.nan_to_num else tensor
 
 
 def _projection(width: int, **factory: object) -> nn.Sequential:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sp_fast.backend import choose_backend
 from sp_fast.config import SPProjectorConfig
 from sp_fast.extractors import EXTRACTORS
-from sp_fast.integrator import DetailIntegrator, init_linear
+from sp_fast.integrator import DetailIntegrator, finite_where, init_linear
 from sp_fast.outputs import ProjectorOutput
 
 
@@ -75,16 +75,13 @@ class SPProjector(nn.Module):
         """The forward with everything that it computes on the way."""
         check_patch_features(patch_features, self.config)
         z_small, z_big = self.extractor(patch_features)
-        z_small = self._finite("spatial", z_small)
-        z_big = tuple(self._finite("detail", z) for z in z_big)
+        z_small = finite_where("spatial", z_small, self.config)
+        z_big = tuple(finite_where("detail", z, self.config) for z in z_big)
         fused, attention = z_small, ()
         if self.integrator is not None:
             fused, attention = self.integrator(z_small, z_big)
         tokens = torch.cat([self.output(F.gelu(fused)), self.patch_mlp(patch_features)], dim=1)
         return ProjectorOutput(tokens, z_small, z_big, attention)
-
-    def _finite(self, place: str, tensor: Tensor) -> Tensor:
-        return tensor.nan_to_num() if place in self.config.nan_to_num else tensor
 
     @classmethod
     def from_official(

@@ -18,7 +18,9 @@ from sp_fast.variants import OFFICIAL, REFUSED
 PREFIXES = ("base_model.", "module.", "model.")
 _PROJECTOR = re.compile(r"(conv_|tfm_|CM_|window_|mm_projector|query_|key_projector|value_projector)")
 # The rest of a full LLaVA-SP model; any other name is an error.
-_REST_OF_MODEL = re.compile(r"(layers|embed_tokens|norm|lm_head|vision_tower|image_newline|vision_resampler|rotary_emb)\b")
+_REST_OF_MODEL = re.compile(
+    r"(layers|embed_tokens|norm|lm_head|vision_tower|image_newline|vision_resampler|rotary_emb)\b"
+)
 # What the official trainer keeps in a mid-run checkpoint-N/mm_projector.bin: names containing one of these.
 _KEPT_MID_RUN = ("mm_projector", "vision_resampler", "conv_CM", "conv_4", "CM_P", "conv_linear")
 _SMALL = {"vision_width": 8, "text_width": 8, "transformer_layers": 4}
@@ -134,7 +136,9 @@ def _diagnosis(keys: set[str]) -> str:
             "non_lora_trainables.bin)"
         )
     if all(key.startswith("mm_projector") for key in keys):
-        return "only mm_projector tensors: a LLaVA projector, or what extract_mm_projector keeps; spatial weights are gone"
+        return (
+            "only mm_projector tensors: a LLaVA projector, or what extract_mm_projector keeps; spatial weights are gone"
+        )
     nearest = min(OFFICIAL, key=lambda name: len(official_keys(name) ^ keys))
     missing, unexpected = official_keys(nearest) - keys, keys - official_keys(nearest)
     problems = [f"missing {listed(missing)}"] * bool(missing) + [f"unexpected {listed(unexpected)}"] * bool(unexpected)

@@ -103,7 +103,10 @@ def test_own_files_round_trip(tmp_path):
     again = SPProjector.from_pretrained(tmp_path / "new" / "folder")
     assert again.config == projector.config
     assert equal(again.state_dict(), projector.state_dict())
-    assert SPProjector.from_pretrained(tmp_path / "new" / "folder", dtype=torch.float32).output.weight.dtype == torch.float32
+    assert (
+        SPProjector.from_pretrained(tmp_path / "new" / "folder", dtype=torch.float32).output.weight.dtype
+        == torch.float32
+    )
     with pytest.raises(FileExistsError, match="force=True"):
         projector.save_pretrained(tmp_path / "new" / "folder")
     projector.save_pretrained(tmp_path / "new" / "folder", force=True)

@@ -59,7 +59,7 @@ def test_sliding_windows_tile_the_map_in_reading_order():
     windows = geometry.spatial_windows(config)
     expected = [rows_of(24, r * 8, r * 8 + 8, c * 12, c * 12 + 12) for r in range(3) for c in range(2)]
     assert [sources(w) for w in windows] == expected
-    assert sorted(sum(expected, [])) == list(range(576))
+    assert sorted(row for window in expected for row in window) == list(range(576))
 
 
 def test_sliding_windows_on_an_odd_grid_need_a_map_that_they_divide():

@@ -56,7 +56,9 @@ def test_gradients(name, kind):
         gradient = gradients.pop(key)
         if key.startswith("key_projector") and key.endswith("bias"):
             # Softmax is blind to what all keys share: these gradients are zero but for rounding, in both.
-            assert max(gradient.norm(), expected.norm()) < VANISHED * stored[key.rsplit('.', 2)[0] + '.1.weight'].norm(), key
+            assert (
+                max(gradient.norm(), expected.norm()) < VANISHED * stored[key.rsplit(".", 2)[0] + ".1.weight"].norm()
+            ), key
         else:
             assert_close(gradient, expected, GRADIENT, key)
     unused = {key.removeprefix("model.") for key in file.metadata["unused_parameters"].split(",") if key}

@@ -40,7 +40,12 @@ def test_json_has_the_promised_fields(tiny):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["agrees"] is True
-    assert (report["variant"], report["device"], report["dtype"], report["threads"]) == ("crop-dfi", "cpu", "float32", 1)
+    assert (report["variant"], report["device"], report["dtype"], report["threads"]) == (
+        "crop-dfi",
+        "cpu",
+        "float32",
+        1,
+    )
     for direction in ("forward", "backward"):
         found = report[direction]
         assert found["reference_ms"] > 0 < found["fast_ms"]
@@ -99,6 +104,23 @@ def test_wrong_input_is_exit_code_1_with_one_line(tiny, tmp_path):
         assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_devices_that_are_not_there(tiny, device):
+    result = run([*tiny, "--device", device])
+    assert result.exit_code == 1
+    assert f"device '{device}' cannot be used" in result.stderr
+
+
+def test_results_come_in_the_order_of_computation():
+    names = ["attention.0", "patch_tokens", "spatial_tokens", "z_big.0", "z_small.10", "z_small.2"]
+    assert sorted(names, key=verify_module._order) == names[::-1][:2] + [
+        "z_big.0",
+        "attention.0",
+        "spatial_tokens",
+        "patch_tokens",
+    ]
+
+
 def test_unknown_variants_and_unfitting_towers(tmp_path):
     result = run(["verify", "--variant", "conv336_CM"])
     assert result.exit_code == 1
@@ -130,13 +152,13 @@ def test_a_checkpoint_is_verified_with_its_own_weights(tmp_path, monkeypatch):
 def test_too_little_memory_is_said_before_anything_is_built(monkeypatch):
     config = SPProjectorConfig()
     enough = required_mib(SPProjectorConfig(spatial_width=128), Request()) + 1
-    monkeypatch.setattr(verify_module, "available_mib", lambda: enough)
+    monkeypatch.setattr(verify_module, "available_mib", lambda _: enough)
     with pytest.raises(ResourceError, match=r"MiB are needed, but .* available; --spatial-width 128 needs"):
         check_memory(config, Request())
-    monkeypatch.setattr(verify_module, "available_mib", lambda: 10.0)
+    monkeypatch.setattr(verify_module, "available_mib", lambda _: 10.0)
     with pytest.raises(ResourceError, match="close other programs"):
         check_memory(config, Request())
-    monkeypatch.setattr(verify_module, "available_mib", lambda: 1e6)
+    monkeypatch.setattr(verify_module, "available_mib", lambda _: 1e6)
     check_memory(config, Request())
 
 

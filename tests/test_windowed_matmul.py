@@ -38,9 +38,7 @@ def by_convolution(rows, weights, windows):
     for w in windows:
         reach_down = (w.out_height - 1) * w.step + w.height
         reach_right = (w.out_width - 1) * w.step + w.width
-        index = torch.tensor(
-            [[w.origin + i * w.row_stride + j for j in range(reach_right)] for i in range(reach_down)]
-        )
+        index = torch.tensor([[w.origin + i * w.row_stride + j for j in range(reach_right)] for i in range(reach_down)])
         cells = weights[w.weight][w.cell : w.cell + w.cells]
         kernel = cells.unflatten(0, (w.height, w.width)).permute(3, 2, 0, 1)
         z = F.conv2d(rows[:, index].permute(0, 3, 1, 2), kernel, stride=w.step)
