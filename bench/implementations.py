@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from sp_fast import ReferenceSPProjector, SPProjector, SPProjectorConfig, geometry
 from sp_fast.checkpoint import fill, official_entries
+from sp_fast.interface import ProjectorOutput
 from sp_fast.kernels.pooled_rows import pooled_rows
 from sp_fast.kernels.window import Window
-from sp_fast.outputs import ProjectorOutput
 from sp_fast.tensor_files import StoredTensor
 
 Weights = Mapping[str, StoredTensor]

@@ -25,6 +25,7 @@ from sp_fast.bench.weights import official_shapes
 from sp_fast.bench.worker import FEATURES, Job, Worker
 from sp_fast.checkpoint import official_config
 from sp_fast.errors import ConfigError, ResourceError
+from sp_fast.interface import check_patch_features
 from sp_fast.vision import clip_tower, load_image, patch_features, sample_photograph
 
 STAGES = ("z_small", "z_big", "attention", "spatial_tokens", "patch_tokens")
@@ -232,8 +233,6 @@ def _rolled(image: Any, share: float) -> Any:
 
 
 def _check_fit(features: Tensor, config: SPProjectorConfig) -> None:
-    from sp_fast.projector import check_patch_features
-
     try:
         check_patch_features(features, config)
     except ValueError as error:

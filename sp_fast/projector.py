@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 
@@ -14,7 +13,7 @@ from sp_fast.backend import choose_backend
 from sp_fast.config import SPProjectorConfig
 from sp_fast.extractors import EXTRACTORS
 from sp_fast.integrator import DetailIntegrator, finite_where, init_linear
-from sp_fast.outputs import ProjectorOutput
+from sp_fast.interface import ProjectorOutput, check_patch_features
 
 
 class SPProjector(nn.Module):
@@ -144,30 +143,3 @@ class SPProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"backend={self.backend.name} ({self.backend.reason}), {self.config}"
-
-
-def check_patch_features(patch_features: Tensor, config: SPProjectorConfig) -> None:
-    """Raises ValueError where the features are not ``[B, grid * grid, vision_width]``, with what would mend it."""
-    shape = tuple(patch_features.shape)
-    if len(shape) != 3:
-        raise ValueError(
-            f"patch features must be [batch, {config.patch_tokens}, {config.vision_width}], not of shape {shape}; "
-            "a single image needs a batch dimension: features.unsqueeze(0)"
-        )
-    if shape[2] != config.vision_width:
-        raise ValueError(
-            f"patch features of width {shape[2]} do not fit vision_width={config.vision_width}: "
-            "use the vision tower that the projector was built for, or another SPProjectorConfig(vision_width=...)"
-        )
-    if shape[1] != config.patch_tokens:
-        raise ValueError(_wrong_count(shape[1], config.grid))
-
-
-def _wrong_count(count: int, grid: int) -> str:
-    expected = f"{grid * grid} patches an image were expected ({grid}x{grid}), not {count}"
-    side = math.isqrt(count)
-    if count == grid * grid + 1:
-        return f"{expected}: one too many, so drop the CLS token first: features[:, 1:]"
-    if side * side == count:
-        return f"{expected}: that is a {side}x{side} map, for a projector with grid={side}"
-    return f"{expected}: and {count} is no square"

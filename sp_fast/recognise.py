@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError
-from sp_fast.layout import entries
+from sp_fast.reference import ReferenceSPProjector
 from sp_fast.variants import OFFICIAL, REFUSED
 
 PREFIXES = ("base_model.", "module.", "model.")
@@ -78,12 +78,9 @@ def recognise(where: str, shapes: Shapes, grid: int | None, pyramid: str | None)
 @functools.cache
 def official_keys(variant: str) -> frozenset[str]:
     """All keys of an official variant, without prefix."""
-    from sp_fast.projector import SPProjector
-
     width = {} if "spatial_width" not in OFFICIAL[variant] else {"spatial_width": 8}
     config = SPProjectorConfig.variant(variant, **{**_SMALL, **width})
-    names = [name for name, _ in SPProjector(config, device="meta").named_parameters()]
-    return frozenset(entry.official for entry in entries(config, names))
+    return frozenset(ReferenceSPProjector(config, device="meta").state_dict())
 
 
 def listed(names: Iterable[str]) -> str:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from sp_fast import layout
 from sp_fast.config import SPProjectorConfig
 from sp_fast.extractors import transformer_block
-from sp_fast.outputs import ProjectorOutput
-from sp_fast.projector import check_patch_features
+from sp_fast.interface import ProjectorOutput, check_patch_features
 
 
 class ReferenceSPProjector(nn.Module):
