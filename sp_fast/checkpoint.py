@@ -76,7 +76,7 @@ def official_state_dict(projector: nn.Module, prefix: str = "model.") -> dict[st
     }
 
 
-def save_pretrained(projector: nn.Module, folder: str | os.PathLike[str], force: bool = False) -> None:
+def save_pretrained(projector: nn.Module, folder: str | os.PathLike[str], force: bool) -> None:
     """Behind ``SPProjector.save_pretrained``. Each file is written aside and then renamed."""
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -25,8 +25,8 @@ class Entry:
 
     official: str
     ours: str
-    cell: int = 0
-    kernel: tuple[int, int] | None = None  # None: the whole parameter, unchanged
+    cell: int | None = None
+    kernel: tuple[int, int] | None = None  # with cell: a convolution; without: the whole parameter, unchanged
 
     def view(self, parameter: Tensor) -> Tensor:
         """The official tensor as a view of our parameter (of its data, gradient or shape alike)."""

@@ -135,6 +135,7 @@ LAYOUTS = {
     "expanded": lambda x: x[:1].expand(x.shape),
     "every other channel": lambda x: x.repeat_interleave(2, dim=2)[:, :, ::2],
     "wider rows": lambda x: torch.cat([x, x], dim=2)[:, :, : x.shape[2]],
+    "one channel, expanded": lambda x: x[:, :, :1].expand(x.shape),
     "channels first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "batch inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
 }
@@ -192,6 +193,20 @@ def test_accuracy_against_the_convolutions_own_error(name, dtype):
         comparison = compare(label, fast, plain, exact, dtype)
         assert comparison.passed, comparison
         assert comparison.fast_error < 64 * comparison.eps, comparison
+
+
+def test_long_sums_are_at_least_as_exact_as_the_convolutions():
+    """One image, K = 147,456, features with a common mean: a single thin product is ten times worse here."""
+    config = SPProjectorConfig(kernel_sizes=(24,), detail_kernel=None, vision_width=256, spatial_width=64)
+    (window,) = geometry.spatial_windows(config)
+    rows = torch.randn(1, 576, 256) + 3 * torch.randn(256)
+    weight = torch.empty(576, 256, 64).uniform_(-1, 1)
+    fast, plain = (f.flatten() for f in (windowed_matmul(rows, [weight], encode_windows([window])),
+                                         by_convolution(rows, [weight], [window])))  # fmt: skip
+    exact = by_convolution(rows.double(), [weight.double()], [window]).flatten()
+    comparison = compare("long sum", fast, plain, exact, torch.float32)
+    assert comparison.passed, comparison
+    assert comparison.fast_error < 16 * comparison.eps, comparison
 
 
 @pytest.mark.parametrize("levels", [(), (3,), (1, 4, 6)])
