@@ -17,7 +17,9 @@ def available_mib(device: torch.device) -> float:
     available = int(fields["MemAvailable"].split()[0]) / 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        available = min(available, (int(text) - int(used.read_text())) / MIB)
+        cache = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used_bytes = int(used.read_text()) - int(cache["inactive_file"])  # cached file pages give way
+        available = min(available, (int(text) - used_bytes) / MIB)
     return available
 
 

@@ -6,6 +6,7 @@ that both meet the same machine.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -21,11 +22,11 @@ from sp_fast import SPProjectorConfig
 from sp_fast.bench.accuracy import Comparison, compare
 from sp_fast.bench.environment import environment
 from sp_fast.bench.process_memory import MIB, available_mib
-from sp_fast.bench.weights import official_shapes
 from sp_fast.bench.worker import FEATURES, Job, Worker
-from sp_fast.checkpoint import official_config
+from sp_fast.checkpoint import inspect_official, official_shapes
 from sp_fast.errors import ConfigError, ResourceError
 from sp_fast.interface import check_patch_features
+from sp_fast.variants import VARIANTS
 from sp_fast.vision import clip_tower, load_image, patch_features, sample_photograph
 
 STAGES = ("z_small", "z_big", "attention", "spatial_tokens", "patch_tokens")
@@ -65,8 +66,8 @@ class Direction:
     def to_dict(self) -> dict[str, Any]:
         values = {f"{name}_ms": round(self.median(name), 3) for name in self.milliseconds}
         values["speedup"] = round(self.median("reference") / self.median("fast"), 2)
-        values["max_rel_error"] = max(c.fast_error for c in self.comparisons)
-        values["reference_max_rel_error"] = max(c.reference_error for c in self.comparisons)
+        values["max_rel_error"] = _largest([c.fast_error for c in self.comparisons])
+        values["reference_max_rel_error"] = _largest([c.reference_error for c in self.comparisons])
         values["failed"] = [c.name for c in self.comparisons if not c.passed]
         values["runs_ms"] = {name: [round(ms, 3) for ms in runs] for name, runs in self.milliseconds.items()}
         return values
@@ -169,7 +170,8 @@ def required_mib(config: SPProjectorConfig, request: Request) -> float:
 def check_device(name: str) -> None:
     """Raises ConfigError for a device that torch does not know or cannot reach."""
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither cpu nor cuda")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used ({reason}); without a working GPU, choose cpu") from error
@@ -199,11 +201,11 @@ def _configure(request: Request) -> tuple[SPProjectorConfig, str]:
     if request.checkpoint is not None:
         if request.spatial_width:
             raise ConfigError("--spatial-width is for random weights: a checkpoint has its own widths")
-        pyramid = None
-        if request.variant is not None:
-            pyramid = SPProjectorConfig.variant(request.variant).pyramid
-        config = official_config(request.checkpoint, request.grid, pyramid)
-        return config, request.variant or "from checkpoint"
+        pyramid = SPProjectorConfig.variant(request.variant).pyramid if request.variant else None
+        name, config = inspect_official(request.checkpoint, request.grid, pyramid)
+        if request.variant and VARIANTS[request.variant] != VARIANTS[name]:
+            raise ConfigError(f"the checkpoint is {name}, which contradicts --variant {request.variant}: leave it out")
+        return config, request.variant or name
     variant = request.variant or "crop-dfi"
     overrides = {"grid": request.grid, "spatial_width": request.spatial_width}
     config = SPProjectorConfig.variant(variant, **{k: v for k, v in overrides.items() if v is not None})
@@ -237,6 +239,11 @@ def _check_fit(features: Tensor, config: SPProjectorConfig) -> None:
         check_patch_features(features, config)
     except ValueError as error:
         raise ConfigError(f"the vision tower does not fit the projector: {error}") from error
+
+
+def _largest(errors: list[float]) -> float | None:
+    """The largest error; None, which JSON can hold, where one of them is not finite."""
+    return max(errors) if all(map(math.isfinite, errors)) else None
 
 
 def _order(name: str) -> tuple[int, int, str]:

@@ -8,16 +8,9 @@ import zlib
 import torch
 from torch import Tensor
 
-from sp_fast import SPProjector, SPProjectorConfig
-from sp_fast.checkpoint import official_entries
+from sp_fast import SPProjectorConfig
+from sp_fast.checkpoint import official_shapes
 from sp_fast.tensor_files import StoredTensor
-
-
-def official_shapes(config: SPProjectorConfig) -> dict[str, tuple[int, ...]]:
-    """Every official tensor of a configuration and its shape."""
-    projector = SPProjector(config, device="meta")
-    parameters = dict(projector.named_parameters())
-    return {e.official: tuple(e.view(parameters[e.ours]).shape) for e in official_entries(projector)}
 
 
 def random_weights(config: SPProjectorConfig, seed: int, dtype: torch.dtype) -> dict[str, StoredTensor]:

@@ -19,7 +19,7 @@ from sp_fast.bench.implementations import IMPLEMENTATIONS
 from sp_fast.bench.process_memory import peak_mib, reset_peak
 from sp_fast.bench.weights import random_weights
 from sp_fast.checkpoint import official_tensors
-from sp_fast.errors import SPFastError
+from sp_fast.errors import ResourceError, SPFastError
 
 FEATURES = "features.safetensors"
 SAMPLED_GRADIENTS = 2**18  # elements compared of one tensor's gradient, drawn by seed
@@ -75,9 +75,9 @@ class Worker:
             answer = self._pipe.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(
-                f"the {self.job.implementation} process died (exit code {self._process.exitcode}); "
-                "-9 usually means that the machine ran out of memory"
+            raise ResourceError(
+                f"the {self.job.implementation} process died (exit code {self._process.exitcode}; -9 is usually a "
+                "machine out of memory): close other programs, or use a smaller batch"
             ) from None
         if isinstance(answer, Exception):
             raise answer
@@ -142,8 +142,10 @@ class _Served:
             gradient = implementation.gradient(key)
             generator = torch.Generator().manual_seed(self._job.seed)
             count = gradient.numel()
-            sample = torch.randint(count, (min(count, SAMPLED_GRADIENTS),), generator=generator).to(self._device)
-            elements = gradient[torch.unravel_index(sample, gradient.shape)].double()
+            sample = torch.arange(count)
+            if count > SAMPLED_GRADIENTS:
+                sample = torch.randint(count, (SAMPLED_GRADIENTS,), generator=generator)
+            elements = gradient[torch.unravel_index(sample.to(self._device), gradient.shape)].double()
             found.setdefault(f"grad.{key.split('.')[0]}", []).append(elements)
         return self._save("gradients", {name: torch.cat(parts) for name, parts in found.items()})
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def autocast_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype of their device where autocast is on, else unchanged."""
+    """The tensors in the autocast dtype of their device where autocast is on, else unchanged; float64 always is."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) for t in tensors)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -33,6 +33,8 @@ def windowed_matmul(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[i
         ValueError: shapes, dtypes or devices that do not belong together, or a window that leaves its tensors.
     Gradients: for ``rows`` and ``weights``, each only where asked for; differentiable once.
     """
+    if not weights or not windows:
+        raise ValueError("there is nothing to multiply: give at least one weight and one window")
     rows, *weights = autocast_tensors(rows, *weights)
     _check(rows, weights, decode_windows(windows))
     with no_autocast(rows):
@@ -54,14 +56,19 @@ def _check(rows: Tensor, weights: Sequence[Tensor], windows: list[Window]) -> No
             )
         if weight.device != rows.device:
             raise ValueError(f"the features are on {rows.device} but the weights on {weight.device}: move one of them")
+    cells = [weight.shape[0] for weight in weights]
     for w in windows:
-        cells = weights[w.weight].shape[0]
-        if w.last_source >= rows.shape[1] or w.cell + w.cells > cells or w.origin < 0:
-            raise ValueError(f"{w} leaves the {rows.shape[1]} rows or the weight's {cells} cells")
+        if min(w.weight, w.cell, w.origin) < 0 or w.weight >= len(cells) or w.cell + w.cells > cells[w.weight]:
+            raise ValueError(f"{w} leaves the weights, which have {cells} cells")
+        if w.last_source >= rows.shape[1]:
+            raise ValueError(f"{w} leaves the {rows.shape[1]} rows: it reads row {w.last_source}")
 
 
 # The torch path. A window is walked row by row, every cell a product of its own. On a CPU that is faster than one thin
 # product with K = 589,824, and more exact: each sum has C terms before the cells are added up.
+
+
+COLUMNS_BYTES = 64 * 2**20  # of im2col at a time, in half precision
 
 
 def windowed_matmul_torch(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
@@ -108,13 +115,23 @@ def _window_product(rows: Tensor, weight: Tensor, w: Window) -> Tensor:
     """One window's outputs ``[B, outputs, D]``."""
     batch, depth = rows.shape[0], weight.shape[2]
     if rows.dtype.itemsize < 4:  # half precision would round every partial sum: one product, which sums in float32
-        cells = torch.cat([operand for _, operand in _row_operands(rows, w)])
-        columns = cells.transpose(0, 1).reshape(batch * w.outputs, w.cells * rows.shape[2])
-        return (columns @ weight[w.cell : w.cell + w.cells].flatten(0, 1)).view(batch, w.outputs, depth)
+        images = max(1, COLUMNS_BYTES // (w.outputs * w.cells * rows.shape[2] * rows.dtype.itemsize))
+        matrix = weight[w.cell : w.cell + w.cells].flatten(0, 1)
+        products = [_columns(part, w) @ matrix for part in rows.split(images)]
+        return torch.cat(products).view(batch, w.outputs, depth)
     out = rows.new_zeros(batch * w.outputs, depth)
     for cell, operand in _row_operands(rows, w):
         out += torch.bmm(operand, weight[cell : cell + w.width]).sum(0)
     return out.view(batch, w.outputs, depth)
+
+
+def _columns(rows: Tensor, w: Window) -> Tensor:
+    """im2col: what all cells of a window read, ``[B * outputs, cells * C]``."""
+    columns = rows.new_empty(rows.shape[0] * w.outputs, w.cells, rows.shape[2])
+    for cell, operand in _row_operands(rows, w):
+        first = cell - w.cell
+        columns[:, first : first + w.width] = operand.transpose(0, 1)
+    return columns.flatten(1)
 
 
 def _row_operands(rows: Tensor, w: Window) -> Iterator[tuple[int, Tensor]]:
@@ -185,12 +202,13 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
     rows, *weights = ctx.saved_tensors
     wants_rows, wants_weights, _ = ctx.needs_input_grad
     drows, dweights = None, [None] * len(weights)
-    if any(wants_weights):
-        cells = [len(weight) * wanted for weight, wanted in zip(weights, wants_weights, strict=True)]
-        found = _dweight_op(grad, rows, cells, ctx.windows)
-        dweights = [dweight if wanted else None for dweight, wanted in zip(found, wants_weights, strict=True)]
-    if wants_rows:
-        drows = _drows_op(grad, rows, weights, ctx.windows)
+    with no_autocast(grad):
+        if any(wants_weights):
+            cells = [len(weight) * wanted for weight, wanted in zip(weights, wants_weights, strict=True)]
+            found = _dweight_op(grad, rows, cells, ctx.windows)
+            dweights = [dweight if wanted else None for dweight, wanted in zip(found, wants_weights, strict=True)]
+        if wants_rows:
+            drows = _drows_op(grad, rows, weights, ctx.windows)
     return drows, dweights, None
 
 

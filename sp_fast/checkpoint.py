@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sp_fast.config import SPProjectorConfig
-from sp_fast.errors import CheckpointError
-from sp_fast.layout import Entry, entries
-from sp_fast.recognise import listed, projector_names, recognise
-from sp_fast.tensor_files import StoredTensor, read_file, stored_tensors
+from sp_fast.errors import CheckpointError, ConfigError
+from sp_fast.layout import MERGE_FIRST, Entry, entries
+from sp_fast.recognise import listed, official_keys, projector_names, recognise
+from sp_fast.reference import ReferenceSPProjector
+from sp_fast.tensor_files import DTYPES, StoredTensor, read_file, stored_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MODEL_TYPE = "sp_projector"
@@ -39,8 +40,8 @@ def load_official(
 ) -> Projector:
     """Behind ``SPProjector.from_official``."""
     where, tensors = _named_projector_tensors(source)
-    config = recognise(where, {key: tensor.shape for key, tensor in tensors.items()}, grid, pyramid)
-    projector = cls(config, backend, device="meta", dtype=dtype or _common_dtype(where, tensors))
+    _, config = _recognise(where, tensors, grid, pyramid)
+    projector = cls(config, backend, device="meta", dtype=_one_dtype(where, tensors, dtype))
     projector.to_empty(device=device)
     fill(where, projector, official_entries(projector), tensors)
     return projector
@@ -57,27 +58,41 @@ def official_tensors(source: Source) -> dict[str, StoredTensor]:
     return _named_projector_tensors(source)[1]
 
 
-def official_config(source: Source, grid: int | None = None, pyramid: str | None = None) -> SPProjectorConfig:
-    """What ``load_official`` would build, from keys and shapes alone."""
+def inspect_official(
+    source: Source, grid: int | None = None, pyramid: str | None = None
+) -> tuple[str, SPProjectorConfig]:
+    """Official name and configuration of what ``load_official`` would build; every name and shape is checked."""
     where, tensors = _named_projector_tensors(source)
-    return recognise(where, {key: tensor.shape for key, tensor in tensors.items()}, grid, pyramid)
+    name, config = _recognise(where, tensors, grid, pyramid)
+    _check_whole(where, official_shapes(config), tensors)
+    return name, config
+
+
+def official_shapes(config: SPProjectorConfig) -> dict[str, tuple[int, ...]]:
+    """Every official tensor of a configuration, without prefix, and its shape."""
+    return {key: tuple(t.shape) for key, t in ReferenceSPProjector(config, device="meta").state_dict().items()}
 
 
 def official_entries(projector: nn.Module) -> list[Entry]:
-    """Where each official tensor lies in the projector's parameters."""
-    return entries(projector.config, (name for name, _ in projector.named_parameters()))
+    """Where each official tensor lies in the projector's parameters.
+
+    Raises CheckpointError where they are not those of its configuration: an export of them would not be whole.
+    """
+    places = entries(projector.config, (name for name, _ in projector.named_parameters()))
+    if lost := official_keys(projector.config) - {entry.official for entry in places}:
+        raise CheckpointError(f"the projector has no parameters for {listed(lost)}: {MERGE_FIRST}")
+    return places
 
 
 def official_state_dict(projector: nn.Module, prefix: str = "model.") -> dict[str, Tensor]:
     """Behind ``SPProjector.official_state_dict``."""
-    state = projector.state_dict()
-    return {
-        prefix + entry.official: entry.view(state[entry.ours]).contiguous() for entry in official_entries(projector)
-    }
+    places, state = official_entries(projector), projector.state_dict()
+    return {prefix + entry.official: entry.view(state[entry.ours]).contiguous() for entry in places}
 
 
 def save_pretrained(projector: nn.Module, folder: str | os.PathLike[str], force: bool) -> None:
     """Behind ``SPProjector.save_pretrained``. Each file is written aside and then renamed."""
+    official_entries(projector)
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (folder / name).exists() and not force:
@@ -108,12 +123,15 @@ def load_pretrained(
         raise CheckpointError(f"{path} cannot be read ({error}): give the folder that save_pretrained wrote") from error
     if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
         raise CheckpointError(f"{path} is not of model_type {MODEL_TYPE!r}: for official checkpoints use from_official")
-    config = SPProjectorConfig.from_dict(values)
+    try:
+        config = SPProjectorConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     weights = Path(folder) / WEIGHTS_FILE
     if not weights.is_file():
         raise CheckpointError(f"{weights} does not exist: give the folder that save_pretrained wrote")
     tensors = read_file(weights)
-    projector = cls(config, backend, device="meta", dtype=dtype or _common_dtype(str(weights), tensors))
+    projector = cls(config, backend, device="meta", dtype=_one_dtype(str(weights), tensors, dtype))
     projector.to_empty(device=device)
     fill(str(weights), projector, [Entry(name, name) for name, _ in projector.named_parameters()], tensors)
     return projector
@@ -124,7 +142,18 @@ def _named_projector_tensors(source: Source) -> tuple[str, dict[str, StoredTenso
     return where, {key: tensors[name] for key, name in projector_names(where, tensors).items()}
 
 
-def _common_dtype(where: str, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+def _recognise(
+    where: str, tensors: Mapping[str, StoredTensor], grid: int | None, pyramid: str | None
+) -> tuple[str, SPProjectorConfig]:
+    return recognise(where, {key: tensor.shape for key, tensor in tensors.items()}, grid, pyramid)
+
+
+def _one_dtype(where: str, tensors: Mapping[str, StoredTensor], requested: torch.dtype | None) -> torch.dtype:
+    """What was asked for, else the type that all tensors share."""
+    if requested is not None:
+        if requested not in DTYPES:
+            raise CheckpointError(f"dtype={requested} is none of {', '.join(map(str, DTYPES))}")
+        return requested
     for key, tensor in tensors.items():
         if tensor.dtype is None:
             raise CheckpointError(f"{where}: {key} is not of a floating-point type that a projector can have")
@@ -141,13 +170,13 @@ def fill(where: str, projector: nn.Module, places: list[Entry], tensors: Mapping
     _check_whole(where, {e.official: tuple(e.view(parameters[e.ours].to("meta")).shape) for e in places}, tensors)
     with torch.no_grad():
         for entry in places:
-            tensor = tensors[entry.official].load()
-            if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            entry.view(parameters[entry.ours]).copy_(tensors[entry.official].load())
+            part = entry.part(parameters[entry.ours])
+            if not all(bound.isfinite() for bound in torch.aminmax(part)):
                 raise CheckpointError(
-                    f"{where}: {entry.official} holds NaN or infinite values: the run that wrote it diverged, or the "
-                    "file is damaged; use an earlier checkpoint"
+                    f"{where}: {entry.official} holds NaN or infinite values as {part.dtype}: the run that wrote it "
+                    "diverged, the file is damaged, or the type is too narrow: use an earlier one, or another dtype"
                 )
-            entry.view(parameters[entry.ours]).copy_(tensor)
 
 
 def _check_whole(where: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -62,14 +63,16 @@ class SPProjectorConfig:
         _choice("extractor", self.extractor, EXTRACTORS)
         _choice("detail_fusion", self.detail_fusion, FUSIONS)
         for name in ("grid", "detail_stride", "vision_width", "spatial_width", "text_width"):
-            _positive(name, getattr(self, name))
+            self._set(name, _positive(name, getattr(self, name)))
         if self.kernel_sizes is None:
             self._set("kernel_sizes", () if self.pyramid == "sliding" else SIX)
         for name in ("kernel_sizes", "sliding_windows"):
             self._set(name, _integers(name, getattr(self, name)))
-        if self.detail_kernel is not None and not isinstance(self.detail_kernel, int):
+        if isinstance(self.detail_kernel, (tuple, list)):
             kernels = _integers("detail_kernel", self.detail_kernel)
             self._set("detail_kernel", kernels if len(kernels) > 1 else kernels[0] if kernels else None)
+        elif self.detail_kernel is not None:
+            self._set("detail_kernel", _positive("detail_kernel", self.detail_kernel))
         self._resolve_map()
         self._check_levels()
         self._check_detail()
@@ -82,7 +85,7 @@ class SPProjectorConfig:
         if self.map_size is None:
             crops = self.kernel_sizes if self.pyramid == "crop" else ()
             self._set("map_size", max(crops, default=self.grid))
-        _positive("map_size", self.map_size)
+        self._set("map_size", _positive("map_size", self.map_size))
         if self.map_size > self.grid:
             raise ConfigError(
                 f"the map of side {self.map_size} does not fit the {self.grid}x{self.grid} grid: kernel sizes and "
@@ -113,34 +116,38 @@ class SPProjectorConfig:
     def _check_detail(self) -> None:
         kernels = self.detail_kernels
         for kernel in kernels:
-            if not 0 < kernel <= self.map_size:
+            if kernel > self.map_size:
                 raise ConfigError(
                     f"detail_kernel={kernel} does not fit the map of side {self.map_size} that the detail convolution "
                     f"sees: choose 1 to {self.map_size}, or a larger map_size"
                 )
         if not self.levels and len(kernels) > 1:
             raise ConfigError(f"kernel_sizes=() takes its tokens from one detail map, not from {len(kernels)}")
-        if self.detail_values is None or not self.attends:
-            self._set("detail_values", tuple(range(len(kernels))) if self.attends else ())
-        self._set("detail_values", _integers("detail_values", self.detail_values, least=0))
-        if self.attends and (len(self.detail_values) != len(kernels) or max(self.detail_values) >= len(kernels)):
+        attended = len(kernels) if self.attends else 0
+        values = range(attended) if self.detail_values is None else _integers("detail_values", self.detail_values, 0)
+        self._set("detail_values", tuple(values))
+        if len(self.detail_values) != attended or max(self.detail_values, default=-1) >= attended:
             raise ConfigError(
-                f"detail_values={self.detail_values} must name, for each of the {len(kernels)} details, the detail "
-                f"(0 to {len(kernels) - 1}) whose value projection it uses"
+                f"detail_values={self.detail_values} must name, for each of the {attended} details that are attended "
+                "to, the detail (counted from 0) whose value projection it uses"
             )
         if self.nan_to_num is None:
             self._set("nan_to_num", NAN_PLACES if self.attends else ())
+        if not isinstance(self.nan_to_num, (tuple, list)):
+            raise ConfigError(f"nan_to_num={self.nan_to_num!r} must be a list of {', '.join(NAN_PLACES)}")
         for place in self.nan_to_num:
             _choice("nan_to_num", place, NAN_PLACES)
         self._set("nan_to_num", tuple(place for place in NAN_PLACES if place in self.nan_to_num))
         if self.spatial_bias is None:
             self._set("spatial_bias", self.attends and self.pyramid == "crop" and len(kernels) == 1)
+        if not isinstance(self.spatial_bias, bool):
+            raise ConfigError(f"spatial_bias={self.spatial_bias!r} must be True, False or None")
 
     def _check_transformer(self) -> None:
-        _positive("transformer_layers", self.transformer_layers)
-        _positive("transformer_heads", self.transformer_heads)
-        if not 0 <= self.transformer_dropout < 1:
-            raise ConfigError(f"transformer_dropout={self.transformer_dropout} is no probability in [0, 1)")
+        for name in ("transformer_layers", "transformer_heads"):
+            self._set(name, _positive(name, getattr(self, name)))
+        if not isinstance(self.transformer_dropout, (int, float)) or not 0 <= self.transformer_dropout < 1:
+            raise ConfigError(f"transformer_dropout={self.transformer_dropout!r} is no probability in [0, 1)")
         if self.extractor != "transformer":
             return
         if self.spatial_width != self.vision_width:
@@ -152,6 +159,8 @@ class SPProjectorConfig:
             raise ConfigError(
                 f"transformer_heads={self.transformer_heads} does not divide vision_width={self.vision_width}"
             )
+        if self.pyramid == "sliding":
+            raise ConfigError("extractor='transformer' has crops and pools: pyramid must be 'crop' or 'pool'")
         if self.detail_kernel is not None:
             raise ConfigError("extractor='transformer' has no detail convolution: set detail_kernel=None")
 
@@ -207,7 +216,7 @@ class SPProjectorConfig:
         names = [f.name for f in fields(cls)]
         for name in values:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
+                near = difflib.get_close_matches(str(name), names, n=1)
                 raise ConfigError(f"{name!r} is no field of SPProjectorConfig{_hint(near)}")
         return cls(**values)
 
@@ -222,7 +231,7 @@ class SPProjectorConfig:
         if name not in VARIANTS:
             near = difflib.get_close_matches(name, VARIANTS, n=1)
             raise ConfigError(f"{name!r} is no variant{_hint(near)}; known: {', '.join(VARIANTS)}")
-        return cls(**{**VARIANTS[name], **overrides})
+        return cls.from_dict({**VARIANTS[name], **overrides})
 
 
 def _hint(near: list[str]) -> str:
@@ -237,15 +246,24 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     raise ConfigError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(repr, allowed))}")
 
 
-def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _positive(name: str, value: object) -> int:
+    number = _index(value)
+    if number is None or number < 1:
         raise ConfigError(f"{name}={value!r} must be a positive integer")
+    return number
 
 
 def _integers(name: str, values: object, least: int = 1) -> tuple[int, ...]:
     if not isinstance(values, (tuple, list)):
         raise ConfigError(f"{name}={values!r} must be a list of integers")
-    for value in values:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name}={tuple(values)} must hold integers of {least} or more")
-    return tuple(values)
+    numbers = tuple(_index(value) for value in values)
+    if any(number is None or number < least for number in numbers):
+        raise ConfigError(f"{name}={tuple(values)} must hold integers of {least} or more")
+    return numbers
+
+
+def _index(value: object) -> int | None:
+    """Any integer type as int; None for everything else, booleans too."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    return operator.index(value)

@@ -1,4 +1,4 @@
-"""Geometry: a configuration becomes windows on the rows that an op reads. The only index arithmetic of the project.
+"""Geometry: a configuration becomes windows on the rows that an op reads.
 
 ``rows`` are the patch features in row-major order, ``grid * grid`` of them, followed, where the pyramid is "pool", by
 the pooled maps in level order (``pooled_levels``). A crop is another origin on the same rows: nothing is copied.
@@ -24,21 +24,19 @@ def map_origin(config: SPProjectorConfig) -> int:
 
 
 def pooled_levels(config: SPProjectorConfig) -> tuple[int, ...]:
-    """Sides of the maps that adaptive pooling makes; a level as large as the map needs none and is not among them."""
-    if config.pyramid != "pool":
-        return ()
-    return tuple(k for k in config.kernel_sizes if k != config.map_size)
+    """Sides of the maps that adaptive pooling makes."""
+    return tuple(k for level, k in enumerate(config.kernel_sizes) if is_pooled(config, level))
+
+
+def is_pooled(config: SPProjectorConfig, level: int) -> bool:
+    """True where the level reads pooled rows; a pool as large as the map would change nothing, and is none."""
+    return config.pyramid == "pool" and config.kernel_sizes[level] != config.map_size
 
 
 def pooling_bins(size: int, bins: int) -> list[tuple[int, int]]:
     """Half-open bins of adaptive average pooling from ``size`` to ``bins`` along one axis; they overlap where
     ``size % bins`` is not 0."""
     return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
-
-
-def row_count(config: SPProjectorConfig) -> int:
-    """How many rows an image has: patch features and pooled rows."""
-    return config.patch_tokens + sum(k * k for k in pooled_levels(config))
 
 
 def spatial_cells(config: SPProjectorConfig) -> int:
@@ -57,7 +55,7 @@ def spatial_windows(config: SPProjectorConfig) -> list[Window]:
     cell, pooled = 0, config.patch_tokens
     for token, (height, width) in enumerate(config.levels):
         origin, row_stride = _level_origin(config, token, height, width), config.grid
-        if config.pyramid == "pool" and height != config.map_size:
+        if is_pooled(config, token):
             origin, row_stride = pooled, width
             pooled += height * width
         windows.append(Window(0, cell, origin, width, height, row_stride, 1, 1, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sp_fast.config import SPProjectorConfig
@@ -20,6 +21,15 @@ class ProjectorOutput(NamedTuple):
     z_small: Tensor  # [B, T, D], spatial features after nan_to_num, before GELU
     z_big: tuple[Tensor, ...]  # [B, O, D] a detail, after nan_to_num; () without a DFI
     attention: tuple[Tensor, ...]  # [B, T, O] a detail, rows sum to 1
+
+
+def check_dtype(patch_features: Tensor, weight: Tensor) -> None:
+    """Raises ValueError where features and weights are of different types and autocast does not settle it."""
+    if patch_features.dtype != weight.dtype and not torch.is_autocast_enabled(patch_features.device.type):
+        raise ValueError(
+            f"the features are {patch_features.dtype} but the weights {weight.dtype}: cast one of them "
+            "(features.to(weight.dtype) or projector.to(features.dtype)), or run under torch.autocast"
+        )
 
 
 def check_patch_features(patch_features: Tensor, config: SPProjectorConfig) -> None:

@@ -11,12 +11,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sp_fast import geometry
 from sp_fast.config import SPProjectorConfig
+from sp_fast.errors import CheckpointError
+from sp_fast.kernels.window import Window
 from sp_fast.variants import OFFICIAL
 
 _CONV224_SIZES = OFFICIAL["conv224"]["kernel_sizes"]  # its keys count levels: conv_1 has kernel 2
 DETAIL_NAMES = {1: ("CM",), 3: ("small", "mid", "huge")}
 PARTS = ("query", "key", "value")
+MERGE_FIRST = (
+    "adapters, parametrizations and quantised layers must be merged or removed first (merge_and_unload() in PEFT)"
+)
 
 
 @dataclass(frozen=True)
@@ -25,16 +31,18 @@ class Entry:
 
     official: str
     ours: str
-    cell: int | None = None
-    kernel: tuple[int, int] | None = None  # with cell: a convolution; without: the whole parameter, unchanged
+    window: Window | None = None  # None: the whole parameter, unchanged
+
+    def part(self, parameter: Tensor) -> Tensor:
+        """The place itself, as it lies in memory: a run of cells, or the whole parameter."""
+        return parameter if self.window is None else parameter[self.window.cell :][: self.window.cells]
 
     def view(self, parameter: Tensor) -> Tensor:
         """The official tensor as a view of our parameter (of its data, gradient or shape alike)."""
-        if self.kernel is None:
-            return parameter
-        height, width = self.kernel
-        cells = parameter[self.cell : self.cell + height * width]
-        return cells.unflatten(0, (height, width)).permute(3, 2, 0, 1)
+        part = self.part(parameter)
+        if self.window is None:
+            return part
+        return part.unflatten(0, (self.window.height, self.window.width)).permute(3, 2, 0, 1)
 
 
 def level_module(config: SPProjectorConfig, level: int) -> str:
@@ -45,11 +53,6 @@ def level_module(config: SPProjectorConfig, level: int) -> str:
     if config.extractor == "transformer":
         return f"tfm_{size}"
     return f"conv_{size // 2 if config.kernel_sizes == _CONV224_SIZES else size}"
-
-
-def level_pools(config: SPProjectorConfig, level: int) -> bool:
-    """True where the official module is ``Sequential(AdaptiveAvgPool2d, Conv2d)``, which moves its key to ``.1``."""
-    return config.pyramid == "pool" and config.kernel_sizes[level] != config.map_size
 
 
 def query_name(config: SPProjectorConfig, level: int) -> str:
@@ -84,26 +87,25 @@ def entries(config: SPProjectorConfig, parameters: Iterable[str]) -> list[Entry]
         elif name == "extractor.detail_weight":
             found += _detail_entries(config, name)
         else:
-            head = max((h for h in renamed if name.startswith(h)), key=len)
+            head = max((h for h in renamed if name.startswith(h)), key=len, default=None)
+            if head is None:
+                raise CheckpointError(f"{name} is no parameter of a projector: {MERGE_FIRST}")
             found.append(Entry(renamed[head] + name[len(head) :], name))
     return found
 
 
 def _spatial_entries(config: SPProjectorConfig, name: str) -> list[Entry]:
-    found, cell = [], 0
-    for level, (height, width) in enumerate(config.levels):
-        key = level_module(config, level) + (".1.weight" if level_pools(config, level) else ".weight")
-        found.append(Entry(key, name, cell, (height, width)))
-        cell += height * width
+    found = []
+    for level, window in enumerate(geometry.spatial_windows(config)):
+        # The official module of a pooled level is Sequential(AdaptiveAvgPool2d, Conv2d), which moves its key to .1
+        inner = ".1.weight" if geometry.is_pooled(config, level) else ".weight"
+        found.append(Entry(level_module(config, level) + inner, name, window))
     return found
 
 
 def _detail_entries(config: SPProjectorConfig, name: str) -> list[Entry]:
-    found, cell = [], 0
-    for label, kernel in zip(detail_names(config), config.detail_kernels, strict=True):
-        found.append(Entry(f"conv_{label}.weight", name, cell, (kernel, kernel)))
-        cell += kernel * kernel
-    return found
+    windows = zip(detail_names(config), geometry.detail_windows(config), strict=True)
+    return [Entry(f"conv_{label}.weight", name, window) for label, window in windows]
 
 
 def _renamed(config: SPProjectorConfig) -> dict[str, str]:

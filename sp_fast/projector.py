@@ -13,7 +13,7 @@ from sp_fast.backend import choose_backend
 from sp_fast.config import SPProjectorConfig
 from sp_fast.extractors import EXTRACTORS
 from sp_fast.integrator import DetailIntegrator, finite_where, init_linear
-from sp_fast.interface import ProjectorOutput, check_patch_features
+from sp_fast.interface import ProjectorOutput, check_dtype, check_patch_features
 
 
 class SPProjector(nn.Module):
@@ -73,6 +73,7 @@ class SPProjector(nn.Module):
     def intermediates(self, patch_features: Tensor) -> ProjectorOutput:
         """The forward with everything that it computes on the way."""
         check_patch_features(patch_features, self.config)
+        check_dtype(patch_features, self.output.weight)
         z_small, z_big = self.extractor(patch_features)
         z_small = finite_where("spatial", z_small, self.config)
         z_big = tuple(finite_where("detail", z, self.config) for z in z_big)

@@ -23,7 +23,6 @@ _REST_OF_MODEL = re.compile(
 )
 # What the official trainer keeps in a mid-run checkpoint-N/mm_projector.bin: names containing one of these.
 _KEPT_MID_RUN = ("mm_projector", "vision_resampler", "conv_CM", "conv_4", "CM_P", "conv_linear")
-_SMALL = {"vision_width": 8, "text_width": 8, "transformer_layers": 4}
 _LISTED = 12
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -48,19 +47,21 @@ def projector_names(where: str, names: Iterable[str]) -> dict[str, str]:
             found[key] = name
         elif not _REST_OF_MODEL.match(key):
             unknown.append(name)
+    if any(name.startswith("extractor.") for name in unknown):
+        raise CheckpointError(f"{where} is not in the official layout but in this package's own: use from_pretrained")
     if unknown:
         raise CheckpointError(f"{where} holds unexpected tensors: {listed(unknown)}")
     return found
 
 
-def recognise(where: str, shapes: Shapes, grid: int | None, pyramid: str | None) -> SPProjectorConfig:
-    """The configuration of an official checkpoint, from its keys (without prefix) and shapes.
+def recognise(where: str, shapes: Shapes, grid: int | None, pyramid: str | None) -> tuple[str, SPProjectorConfig]:
+    """The official name and the configuration of a checkpoint, from its keys (without prefix) and shapes.
 
     Raises:
         CheckpointError: no official variant has these keys; the message lists what the nearest one has and lacks.
     """
     _refuse_leftovers(where, shapes)
-    fitting = [name for name in OFFICIAL if official_keys(name) == shapes.keys()]
+    fitting = [name for name in OFFICIAL if variant_keys(name) == shapes.keys()]
     if not fitting:
         raise CheckpointError(f"{where}: {_diagnosis(set(shapes))}")
     if pyramid is not None:
@@ -72,15 +73,21 @@ def recognise(where: str, shapes: Shapes, grid: int | None, pyramid: str | None)
             f"{where} can be {' or '.join(fitting)}: their keys are the same, so say which: "
             "pyramid='crop' (tfm336) or pyramid='pool' (tfm336_adptive_pooling)"
         )
-    return _configure(where, fitting[0], shapes, {} if grid is None else {"grid": grid})
+    config = _configure(where, fitting[0], shapes, {} if grid is None else {"grid": grid})
+    if official_keys(config) != shapes.keys():
+        raise CheckpointError(f"{where} is {fitting[0]}, whose last level is not pooled: it has no grid of {grid}")
+    return fitting[0], config
 
 
 @functools.cache
-def official_keys(variant: str) -> frozenset[str]:
-    """All keys of an official variant, without prefix."""
-    width = {} if "spatial_width" not in OFFICIAL[variant] else {"spatial_width": 8}
-    config = SPProjectorConfig.variant(variant, **{**_SMALL, **width})
+def official_keys(config: SPProjectorConfig) -> frozenset[str]:
+    """All keys of a configuration in the official layout, without prefix."""
     return frozenset(ReferenceSPProjector(config, device="meta").state_dict())
+
+
+def variant_keys(variant: str) -> frozenset[str]:
+    """All keys of an official variant, without prefix."""
+    return official_keys(SPProjectorConfig.variant(variant))
 
 
 def listed(names: Iterable[str]) -> str:
@@ -136,8 +143,8 @@ def _diagnosis(keys: set[str]) -> str:
         return (
             "only mm_projector tensors: a LLaVA projector, or what extract_mm_projector keeps; spatial weights are gone"
         )
-    nearest = min(OFFICIAL, key=lambda name: len(official_keys(name) ^ keys))
-    missing, unexpected = official_keys(nearest) - keys, keys - official_keys(nearest)
+    nearest = min(OFFICIAL, key=lambda name: len(variant_keys(name) ^ keys))
+    missing, unexpected = variant_keys(nearest) - keys, keys - variant_keys(nearest)
     problems = [f"missing {listed(missing)}"] * bool(missing) + [f"unexpected {listed(unexpected)}"] * bool(unexpected)
     return f"no official variant has these tensors; against {nearest}, the nearest: {'; '.join(problems)}"
 
@@ -148,7 +155,7 @@ def _mid_run(keys: set[str]) -> dict[str, set[str]]:
         return {}
     found = {}
     for name in OFFICIAL:
-        whole = official_keys(name)
+        whole = variant_keys(name)
         kept = {key for key in whole if any(part in key for part in _KEPT_MID_RUN)}
         if kept == keys:
             found[name] = set(whole - kept)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sp_fast import layout
+from sp_fast import geometry, layout
 from sp_fast.config import SPProjectorConfig
 from sp_fast.extractors import transformer_block
 from sp_fast.interface import ProjectorOutput, check_patch_features
@@ -36,7 +36,7 @@ class ReferenceSPProjector(nn.Module):
             if config.extractor == "transformer":
                 self.add_module(name, transformer_block(config, **factory))
                 self.register_parameter(layout.query_name(config, level), nn.Parameter(torch.zeros(1, 1, c, **factory)))
-            elif layout.level_pools(config, level):
+            elif geometry.is_pooled(config, level):
                 conv = nn.Conv2d(c, d, size, bias=False, **factory)
                 self.add_module(name, nn.Sequential(nn.AdaptiveAvgPool2d(size), conv))
             else:

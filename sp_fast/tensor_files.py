@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from sp_fast.errors import CheckpointError
@@ -30,6 +30,7 @@ FOLDER_FILES = (
     "mm_projector.bin",
 )
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = tuple(_SAFETENSORS_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
             f"{path} was refused: it is damaged, or holds pickled code or objects beside tensors, which are never "
             f"loaded ({_first_line(error)}); ask its author for a safetensors file"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # readers of damaged files fail in any way
         raise CheckpointError(f"{path} is truncated or damaged ({_first_line(error)}): fetch it again") from error
 
 
@@ -79,7 +80,7 @@ def read_index(path: Path) -> dict[str, StoredTensor]:
     try:
         shards: dict[str, str] = json.loads(path.read_text())["weight_map"]
         names = sorted(set(shards.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # any content but an index
         raise CheckpointError(f"{path} is no index of shards ({_first_line(error)}): fetch it again") from error
     tensors: dict[str, StoredTensor] = {}
     for name in names:
@@ -114,10 +115,14 @@ def _read_torch(path: Path) -> dict[str, StoredTensor]:
 
 
 def _in_memory(where: str, name: object, tensor: object) -> StoredTensor:
-    if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+    if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_dense(tensor):
         raise CheckpointError(f"{where}: {name!r} is a {type(tensor).__name__}, not a named dense tensor")
-    dtype = tensor.dtype if tensor.dtype in _SAFETENSORS_DTYPES.values() else None
+    dtype = tensor.dtype if tensor.dtype in DTYPES else None
     return StoredTensor(tuple(tensor.shape), dtype, lambda: tensor.detach())
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,10 +1,12 @@
 """Golden files of the official code, small projectors, and a reference filled with a projector's own weights."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sp_fast import ReferenceSPProjector, SPProjector, SPProjectorConfig
 from sp_fast.variants import OFFICIAL, VARIANTS
@@ -93,3 +95,47 @@ def features_for(config, batch=2, dtype=torch.float32, seed=0):
 
 ALL_VARIANTS = sorted(VARIANTS.keys() - {"crop", "crop-dfi", "pool", "pool-dfi"})
 OFFICIAL_VARIANTS = sorted(OFFICIAL)
+
+
+def checkpoint(variant, prefix="model.", dtype=torch.float32):
+    """An official state dict of a variant, random throughout."""
+    return randomised(SPProjector(small(variant, **wide(variant)), dtype=dtype)).official_state_dict(prefix)
+
+
+def wide(variant):
+    return {"kernel_sizes": None, "transformer_layers": 4} if variant.startswith("tfm") else {}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def rest_of_model():
+    """What a merged model holds beside the projector."""
+    names = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight",
+             "model.image_newline", "model.vision_resampler.x", "model.layers.0.self_attn.rotary_emb.inv_freq",
+             "model.vision_tower.vision_tower.vision_model.post_layernorm.weight"]  # fmt: skip
+    return {name: torch.randn(3, 2) for name in names}
+
+
+def files_of(tmp_path, state):
+    """The same tensors in every layout that is read."""
+    torch.save(state, tmp_path / "model.bin")
+    torch.save(state, tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "other.safetensors")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    torch.save({f"base_model.model.{k}": v for k, v in state.items()}, lora / "non_lora_trainables.bin")
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    whole = list({**state, **rest_of_model()}.items())
+    weight_map = {}
+    for i in range(3):
+        shard = dict(whole[i::3])
+        save_file(shard, merged / f"model-0000{i}-of-00003.safetensors")
+        weight_map |= dict.fromkeys(shard, f"model-0000{i}-of-00003.safetensors")
+    (merged / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    single = tmp_path / "single"
+    single.mkdir()
+    save_file(dict(whole), single / "model.safetensors")
+    return [tmp_path / "model.bin", tmp_path / "legacy.bin", tmp_path / "other.safetensors", lora, merged, single]

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from sp_fast import SPProjectorConfig
@@ -87,6 +88,15 @@ WRONG = {
     "transformer detail": ({"extractor": "transformer", "spatial_width": 1024}, "set detail_kernel=None"),
     "heads": ({"extractor": "transformer", "spatial_width": 1024, "detail_kernel": None, "transformer_heads": 7},
               "transformer_heads=7 does not divide"),
+    "bias": ({"spatial_bias": "false"}, "spatial_bias='false' must be True"),
+    "detail bool": ({"detail_kernel": True}, "detail_kernel=True must be a positive integer"),
+    "detail float": ({"detail_kernel": 16.0}, "detail_kernel=16.0 must be a positive integer"),
+    "values without attention": ({"kernel_sizes": (), "detail_values": (0,)}, "detail_values=\\(0,\\) must name"),
+    "nan number": ({"nan_to_num": 5}, "nan_to_num=5 must be a list"),
+    "nan word": ({"nan_to_num": "logits"}, "nan_to_num='logits' must be a list"),
+    "sliding transformer": ({"pyramid": "sliding", "extractor": "transformer", "spatial_width": 1024,
+                             "detail_kernel": None}, "must be 'crop' or 'pool'"),
+    "dropout word": ({"transformer_dropout": "0.1"}, "transformer_dropout='0.1'"),
     "dropout": ({"transformer_dropout": 1.0}, "transformer_dropout=1.0"),
 }  # fmt: skip
 
@@ -98,8 +108,16 @@ def test_wrong_values_are_named(case):
         SPProjectorConfig(**values)
 
 
+def test_any_integer_type_will_do():
+    config = SPProjectorConfig(grid=np.int64(24), kernel_sizes=[np.int32(4), 8], detail_kernel=np.int64(6))
+    assert config == SPProjectorConfig(grid=24, kernel_sizes=(4, 8), detail_kernel=6)
+    json.dumps(config.to_dict())
+
+
 def test_unknown_names_get_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'grid'"):
         SPProjectorConfig.from_dict({"gird": 24})
+    with pytest.raises(ConfigError, match="did you mean 'grid'"):
+        SPProjectorConfig.variant("crop", gridd=3)
     with pytest.raises(ConfigError, match="did you mean 'crop-dfi'"):
         SPProjectorConfig.variant("crop_dfi")

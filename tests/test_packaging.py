@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("sp_fast", "kernels", "bench", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("sp_fast", "kernels", "bench", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
 USE = """
 import sys

@@ -38,6 +38,25 @@ def test_float64_equals_the_reference_on_other_grids_and_forms(variant, grid):
     assert got.tokens.shape == (3, projector.config.spatial_tokens + grid * grid, 24)
 
 
+FORMS = {
+    "odd crops": ("crop", {"kernel_sizes": (1, 5, 7, 12), "detail_kernel": 3}),
+    "odd crops on an odd grid": ("crop", {"kernel_sizes": (3, 4, 9), "detail_kernel": 4, "grid": 11}),
+    "pools of the centre": ("conv336_adptive_pooling_multifuse_q", {"grid": 27}),
+    "pools of the centre, none as large": ("pool-dfi", {"grid": 27, "map_size": 25, "kernel_sizes": (2, 24)}),
+    "details summed": ("crop", {"detail_kernel": (16, 8), "detail_fusion": "sum", "detail_stride": 3}),
+    "columns of windows": ("sliding-dfi", {"sliding_windows": (1, 4), "detail_stride": 1}),
+    "transformers on an odd grid": ("tfm336_adptive_pooling", {"grid": 27}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float64_equals_the_reference_in_forms_of_ones_own(form):
+    variant, overrides = FORMS[form]
+    projector = build(variant, torch.float64, **overrides)
+    x = features_for(projector.config, 2, torch.float64)
+    torch.testing.assert_close(projector.intermediates(x), reference_of(projector).intermediates(x))
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ALL_VARIANTS)
@@ -269,8 +288,10 @@ def test_wrong_features_are_named(case):
 
 
 def test_wrong_dtype_is_named():
-    with pytest.raises(ValueError, match=r"features are torch\.bfloat16 but the weights torch\.float32"):
-        build()(torch.zeros(1, 576, 16, dtype=torch.bfloat16))
+    for variant in ("crop-dfi", "pool", "tfm336"):
+        for dtype in (torch.bfloat16, torch.int64):
+            with pytest.raises(ValueError, match=rf"features are {dtype} but the weights torch\.float32"):
+                build(variant)(torch.zeros(1, 576, 16, dtype=dtype))
 
 
 def test_backends():

@@ -14,10 +14,11 @@ from sp_fast import SPProjector, SPProjectorConfig
 from sp_fast.bench import verify as verify_module
 from sp_fast.bench.accuracy import compare
 from sp_fast.bench.verify import Request, check_memory, required_mib
+from sp_fast.bench.worker import Worker
 from sp_fast.cli import app
-from sp_fast.errors import ResourceError
+from sp_fast.errors import ResourceError, SPFastError
 from sp_fast.variants import VARIANTS
-from tests.helpers import randomised
+from tests.helpers import randomised, small
 from tests.test_vision import png_that_claims, tiny_tower
 
 # CLIP's grid of 2 x 2 patches: whole runs in seconds.
@@ -105,7 +106,7 @@ def test_wrong_input_is_exit_code_1_with_one_line(tiny, tmp_path):
         assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])
 def test_devices_that_are_not_there(tiny, device):
     result = run([*tiny, "--device", device])
     assert result.exit_code == 1
@@ -140,7 +141,10 @@ def test_a_checkpoint_is_verified_with_its_own_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(verify_module, "_write_features", features)
     report = verify_module.verify(Request(checkpoint=tmp_path, runs=1, threads=1), lambda stage: None)
     assert report.agrees
-    assert report.variant == "from checkpoint"
+    assert report.variant == "conv336_adptive_pooling_fuse_49"
+    for variant in ("pool", "crop-dfi"):
+        with pytest.raises(SPFastError, match="contradicts"):
+            verify_module.verify(Request(checkpoint=tmp_path, variant=variant), lambda stage: None)
     assert "attention.0" in [c.name for c in report.forward.comparisons]
     assert report.parameters == sum(p.numel() for p in projector.parameters())
 
@@ -164,6 +168,31 @@ def test_a_worker_that_fails_says_why(tiny, monkeypatch):
         CliRunner().invoke(app, tiny, catch_exceptions=False)
 
 
+def test_a_misshaped_checkpoint_is_refused_before_anything_runs(tmp_path):
+    state = randomised(SPProjector(small("crop-dfi"))).official_state_dict()
+    save_file(state | {"model.key_projector.1.weight": torch.zeros(4, 8)}, tmp_path / "model.safetensors")
+    result = run(["verify", "--checkpoint", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "key_projector.1.weight has shape [4, 8] where [8, 8] is expected" in result.stderr
+
+
+def test_a_killed_worker_is_reported(tiny, monkeypatch):
+    monkeypatch.setattr(Worker, "ask", lambda self, *_: self._process.kill() or self._receive())
+    result = run(tiny)
+    assert result.exit_code == 1
+    assert "exact process died (exit code -9" in result.stderr
+
+
+def test_an_error_that_is_no_number_is_null_in_json(tiny, monkeypatch):
+    def broken(name, fast, reference, exact, dtype):
+        return compare(name, fast * torch.nan, reference, exact, dtype)
+
+    monkeypatch.setattr(verify_module, "compare", broken)
+    result = run([*tiny, "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout, parse_constant=pytest.fail)["forward"]["max_rel_error"] is None
+
+
 class TestRule:
     exact = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
 
@@ -176,6 +205,8 @@ class TestRule:
         assert self.judge(1.4e-3, 1e-3).passed
         assert not self.judge(1.6e-3, 1e-3).passed
         assert not self.judge(1e-5).passed
+        small = self.exact / 8  # the ulp of a largest element below 1
+        assert compare("x", small + 0.4 * ulp / 2, small, small, torch.float32).passed
 
     def test_one_wrong_element_fails(self):
         wrong = torch.tensor([0.0, 0.0, 2e-3], dtype=torch.float64)

@@ -46,14 +46,14 @@ def test_unreadable_images(tmp_path):
     with pytest.raises(ImageError, match="cannot be read"):
         load_image(tmp_path)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ImageError, match="no image that Pillow can read"):
+    with pytest.raises(ImageError, match="is none of PNG, JPEG"):
         load_image(tmp_path / "text.png")
     photograph = sample_photograph().read_bytes()
     (tmp_path / "cut.jpg").write_bytes(photograph[: len(photograph) // 2])
     with pytest.raises(ImageError, match=r"cut\.jpg cannot be read.*truncated"):
         load_image(tmp_path / "cut.jpg")
     (tmp_path / "empty.png").write_bytes(b"")
-    with pytest.raises(ImageError, match="no image"):
+    with pytest.raises(ImageError, match="is none of"):
         load_image(tmp_path / "empty.png")
 
 
@@ -65,6 +65,30 @@ def test_enormous_images_are_refused_before_decoding(tmp_path, side):
     assert side * side > MAX_PIXELS
     with pytest.raises(ImageError, match=f"bomb.png.*({side}x{side} pixels, more than 64,000,000|bomb)"):
         load_image(path)
+
+
+def test_more_than_8_bits_are_refused_rather_than_clipped(tmp_path):
+    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ImageError, match="more than 8 bits"):
+        load_image(tmp_path / "deep.png")
+
+
+def test_other_formats_are_not_even_tried(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "page.eps")
+    with pytest.raises(ImageError, match="is none of PNG"):
+        load_image(tmp_path / "page.eps")
+
+
+def test_thin_images_are_refused_before_they_are_resized():
+    with pytest.raises(ImageError, match="1x200000 pixels is too thin"):
+        patch_features(tiny_tower(), [Image.new("RGB", (1, 200_000))])
+
+
+def test_one_can_train_on_the_features():
+    features = patch_features(tiny_tower(), [Image.new("RGB", (28, 28))])
+    layer = torch.nn.Linear(16, 1)
+    layer(features).sum().backward()
+    assert layer.weight.grad is not None
 
 
 def test_features_are_the_penultimate_layer_without_cls():
@@ -87,6 +111,9 @@ def test_towers_from_folders(tmp_path):
     torch.testing.assert_close(patch_features(again, image), patch_features(tower, image))
     with pytest.raises(ImageError, match="is no folder"):
         clip_tower(tmp_path / "none")
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model", "hidden_size": "wide"}')
+    with pytest.raises(ImageError, match="cannot be loaded"):
+        clip_tower(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageError, match="cannot be loaded"):
         clip_tower(tmp_path / "empty")

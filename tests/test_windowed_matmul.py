@@ -1,6 +1,8 @@
 """The op against convolutions, its gradients, its contracts."""
 
 import itertools
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ def problem(config, batch=2, dtype=torch.float64, seed=0):
     """Rows, weights and windows of a configuration, and the maps that convolutions would see."""
     generator = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-    rows = make(batch, geometry.row_count(config), config.vision_width)
+    count = config.patch_tokens + sum(k * k for k in geometry.pooled_levels(config))
+    rows = make(batch, count, config.vision_width)
     counts = [n for n in (geometry.spatial_cells(config), geometry.detail_cells(config)) if n]
     weights = [make(n, config.vision_width, config.spatial_width) for n in counts]
     return rows, weights, geometry.spatial_windows(config) + geometry.detail_windows(config)
@@ -94,7 +97,8 @@ def test_a_frozen_weight_costs_no_gradient_buffer():
     rows, weights, windows = problem(small("crop-dfi", vision_width=64, spatial_width=64), 1, torch.float32)
     weights[1].requires_grad_()
     out = windowed_matmul(rows, weights, encode_windows(windows))
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile, warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where a skipped weight's empty gradient is written after all
         out.sum().backward()
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     assert weights[1].nbytes <= allocated < 2 * weights[1].nbytes < weights[0].nbytes  # of a window row, operands too
@@ -192,7 +196,8 @@ def test_accuracy_against_the_convolutions_own_error(name, dtype):
         assert exact.numel() >= 10_000
         comparison = compare(label, fast, plain, exact, dtype)
         assert comparison.passed, comparison
-        assert comparison.fast_error < 64 * comparison.eps, comparison
+        # Half precision is rounded once, at the end (drows: its parts too); one rounding is an error of 0.2 eps.
+        assert comparison.fast_error < (4 if dtype == torch.float32 else 0.4) * comparison.eps, comparison
 
 
 def test_long_sums_are_at_least_as_exact_as_the_convolutions():
@@ -226,9 +231,21 @@ def test_errors_name_the_mismatch():
         windowed_matmul(rows[0], weights, encoded)
     with pytest.raises(ValueError, match="is not \\[cells, 6, 5\\]"):
         windowed_matmul(rows, [weights[0], weights[1][:, :3]], encoded)
+    with pytest.raises(ValueError, match="is not \\[cells, 6, 5\\]"):
+        windowed_matmul(rows, [weights[0], weights[1][:, :, :4]], encoded)
+    for change in ({"origin": -1}, {"cell": -4}, {"weight": -1}, {"weight": 2}):
+        with pytest.raises(ValueError, match="leaves the weights"):
+            windowed_matmul(rows, weights, encode_windows([replace(windows[0], **change)]))
+    last = max(w.last_source for w in windows)
+    windowed_matmul(rows[:, : last + 1], weights, encoded)
+    with pytest.raises(ValueError, match=f"reads row {last}"):
+        windowed_matmul(rows[:, :last], weights, encoded)
+    for nothing in (([], encoded), (weights, [])):
+        with pytest.raises(ValueError, match="nothing to multiply"):
+            windowed_matmul(rows, *nothing)
     with pytest.raises(ValueError, match="float32.*float64"):
         windowed_matmul(rows.float(), weights, encoded)
-    with pytest.raises(ValueError, match="leaves the 7 rows"):
+    with pytest.raises(ValueError, match=r"leaves the 7 rows: it reads row \d+"):
         windowed_matmul(rows[:, :7], weights, encoded)
     with pytest.raises(ValueError, match="cells"):
         windowed_matmul(rows, [weights[0][:-1], weights[1]], encoded)
@@ -247,6 +264,27 @@ def test_autocast_computes_in_its_dtype_and_returns_float32_gradients(dtype):
     torch.testing.assert_close(out, windowed_matmul(rows.to(dtype), [w.to(dtype) for w in weights], encoded))
     out.float().sum().backward()
     assert weights[0].grad.dtype == torch.float32
+
+
+def test_autocast_leaves_float64_and_the_backward_alone():
+    rows, weights, windows = problem(CONFIGS["crop+detail"])
+    encoded = encode_windows(windows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(windowed_matmul(rows, weights, encoded), by_convolution(rows, weights, windows))
+    rows, weights = rows.float().requires_grad_(), [w.float() for w in weights]
+    out = windowed_matmul(rows, weights, encoded)
+    (expected,) = torch.autograd.grad(out.sum(), rows, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = torch.autograd.grad(out.sum(), rows)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_half_precision_bounds_its_im2col(monkeypatch):
+    rows, weights, windows = problem(CONFIGS["crop+detail"], batch=5, dtype=torch.bfloat16)
+    encoded = encode_windows(windows)
+    expected = windowed_matmul(rows, weights, encoded)
+    monkeypatch.setattr("sp_fast.kernels.windowed_matmul.COLUMNS_BYTES", 1)
+    torch.testing.assert_close(windowed_matmul(rows, weights, encoded), expected)
 
 
 def test_import_twice_registers_once():
