@@ -114,15 +114,21 @@ def windowed_matmul_drows_torch(
 def _window_product(rows: Tensor, weight: Tensor, w: Window) -> Tensor:
     """One window's outputs ``[B, outputs, D]``."""
     batch, depth = rows.shape[0], weight.shape[2]
-    if rows.dtype.itemsize < 4:  # half precision would round every partial sum: one product, which sums in float32
+    if _has_half_products(rows):  # partial sums would each be rounded: one product, which sums in float32
         images = max(1, COLUMNS_BYTES // (w.outputs * w.cells * rows.shape[2] * rows.dtype.itemsize))
         matrix = weight[w.cell : w.cell + w.cells].flatten(0, 1)
         products = [_columns(part, w) @ matrix for part in rows.split(images)]
         return torch.cat(products).view(batch, w.outputs, depth)
-    out = rows.new_zeros(batch * w.outputs, depth)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    out = rows.new_zeros(batch * w.outputs, depth, dtype=wide)
     for cell, operand in _row_operands(rows, w):
-        out += torch.bmm(operand, weight[cell : cell + w.width]).sum(0)
-    return out.view(batch, w.outputs, depth)
+        out += torch.bmm(operand.to(wide), weight[cell : cell + w.width].to(wide)).sum(0)
+    return out.view(batch, w.outputs, depth).to(rows.dtype)
+
+
+def _has_half_products(rows: Tensor) -> bool:
+    """True for half precision that the device multiplies natively; float16 on a CPU is faster widened by the row."""
+    return rows.dtype == torch.bfloat16 or (rows.dtype == torch.float16 and rows.device.type != "cpu")
 
 
 def _columns(rows: Tensor, w: Window) -> Tensor:
