@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +23,8 @@ def print_report(report: Report, console: Console) -> None:
     _print_errors("Error against float64", report.forward.comparisons, console)
     if report.backward:
         _print_errors("Error of the gradients against float64 (sampled)", report.backward.comparisons, console)
-    table = Table("", "official form", "sp_fast", "ratio", title="Time and memory", title_justify="left")
+    columns = ("", "official form", "sp_fast", "ratio")
+    table = Table(*columns, box=box.SIMPLE, title="Time and memory", title_justify="left")
     for label, direction in (("forward, ms", report.forward), ("forward + backward, ms", report.backward)):
         if direction:
             table.add_row(label, *_times(direction))
@@ -37,8 +39,9 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print_errors(title: str, comparisons: list[Comparison], console: Console) -> None:
-    columns = ("", "norm, official", "norm, sp_fast", "largest, official", "largest, sp_fast", "")
-    table = Table(*columns, title=f"{title}: relative norm, and largest difference", title_justify="left")
+    table = Table(box=box.SIMPLE, title=f"{title}: relative norm, and largest difference", title_justify="left")
+    for column in ("", "norm: official", "sp_fast", "largest: official", "sp_fast", ""):
+        table.add_column(column, no_wrap=True)
     for c in comparisons:
         errors = (c.reference_error, c.fast_error, c.reference_largest, c.fast_largest)
         table.add_row(c.name, *(f"{error:.1e}" for error in errors), "" if c.passed else "[red]disagrees[/]")

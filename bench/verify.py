@@ -225,7 +225,8 @@ def _write_features(
     _check_fit(features, config)
     save_file({"patch_features": features}, folder / FEATURES)
     weights = str(request.checkpoint) if request.checkpoint else f"random (seed {request.seed})"
-    return {"image": str(path), "vision_tower": tower.origin, "projector_weights": weights}
+    shown = str(path) if request.image else f"{path.name}, matplotlib's sample photograph"
+    return {"image": shown, "vision_tower": tower.origin, "projector_weights": weights}
 
 
 def _rolled(image: Any, share: float) -> Any:

@@ -65,9 +65,10 @@ def recognise(where: str, shapes: Shapes, grid: int | None, pyramid: str | None)
     if not fitting:
         raise CheckpointError(f"{where}: {_diagnosis(set(shapes))}")
     if pyramid is not None:
-        fitting = [name for name in fitting if OFFICIAL[name]["pyramid"] == pyramid] or _contradicted(
-            where, fitting, pyramid
-        )
+        by_keys = " or ".join(fitting)
+        fitting = [name for name in fitting if OFFICIAL[name]["pyramid"] == pyramid]
+        if not fitting:
+            raise CheckpointError(f"{where} is {by_keys} by its keys, which contradicts pyramid={pyramid!r}")
     if len(fitting) > 1:
         raise CheckpointError(
             f"{where} can be {' or '.join(fitting)}: their keys are the same, so say which: "
@@ -115,10 +116,6 @@ def _configure(where: str, variant: str, shapes: Shapes, overrides: dict[str, in
         return SPProjectorConfig.variant(variant, **{**widths, **overrides})
     except ValueError as error:
         raise CheckpointError(f"{where}, read as {variant}: {error}") from error
-
-
-def _contradicted(where: str, fitting: list[str], pyramid: str) -> list[str]:
-    raise CheckpointError(f"{where} is {' or '.join(fitting)} by its keys, which contradicts pyramid={pyramid!r}")
 
 
 def _refuse_leftovers(where: str, shapes: Shapes) -> None:
