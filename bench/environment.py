@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,26 +13,21 @@ import torch
 
 import sp_fast
 
-_PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors")
+_PACKAGES = ("triton", "transformers", "numpy", "safetensors")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Machine, versions and commit."""
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "cores": len(_cores()),
+        "cores": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "torch": torch.__version__,  # says which build it is; the installed version does not
         **{name: _version(name) for name in _PACKAGES},
         "sp_fast": sp_fast.__version__,
         "commit": _commit(),
     }
-
-
-def _cores() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0)
 
 
 def _cpu_name() -> str:
