@@ -1,0 +1,38 @@
+"""The README's example runs as it stands."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from sp_fast import SPProjector, SPProjectorConfig
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    """On a LoRA checkpoint of the published shape but few outputs, as the official code saves it."""
+    folder = tmp_path / "llava-sp-cropping-lora"
+    folder.mkdir()
+    projector = SPProjector(SPProjectorConfig(spatial_width=8, text_width=16), dtype=torch.float16)
+    torch.save(projector.official_state_dict("base_model.model.model."), folder / "non_lora_trainables.bin")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["tokens"].shape == (1, 582, 16)
+    assert names["attention"].shape == (1, 6, 25)
+    again = SPProjector.from_pretrained("my-projector")
+    torch.testing.assert_close(again(names["features"]), names["tokens"])
+    assert SPProjector.from_official("model.bin").config == again.config
+
+
+def test_the_file_map_names_every_module():
+    root = Path(__file__).parent.parent
+    named = set(re.findall(r"`([\w/]+\.py)`", README))
+    folders = {"sp_fast": "sp_fast/", "kernels": "kernels/", "bench": "bench/"}
+    for name in named:
+        assert any((root / folder / Path(name).name).is_file() for folder in folders), name
+    for path in [*(root / "sp_fast").glob("*.py"), *(root / "kernels").glob("*.py")]:
+        small = path.name in {"__init__.py", "__main__.py", "version.py", "errors.py", "backend.py"}
+        assert small or path.name in {Path(n).name for n in named}, path
