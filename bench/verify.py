@@ -6,6 +6,7 @@ that both meet the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import tempfile
@@ -136,8 +137,8 @@ def verify(request: Request, progress: Callable[[str], None]) -> Report:
         with Worker(job) as exact:
             expected = {kind: exact.tensors(kind) for kind in _kinds(request)}
         progress(f"building {' and '.join(names)}")
-        workers = {name: Worker(replace(job, implementation=name)) for name in names}
-        try:
+        with contextlib.ExitStack() as running:
+            workers = {name: running.enter_context(Worker(replace(job, implementation=name))) for name in names}
             forward = _measure(request, workers, "forward", expected["outputs"], progress)
             backward = None
             if request.backward:
@@ -146,9 +147,6 @@ def verify(request: Request, progress: Callable[[str], None]) -> Report:
             progress("peak memory")
             direction = "backward" if request.backward else "forward"
             memory = {f"{name}_mib": workers[name].ask("memory_mib", direction) for name in ("reference", "fast")}
-        finally:
-            for worker in workers.values():
-                worker.close()
     parameters = sum(torch.Size(shape).numel() for shape in official_shapes(config).values())
     found = environment(torch.device(request.device))
     return Report(variant, request, request.threads, source, parameters, forward, backward, memory, found)

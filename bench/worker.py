@@ -147,6 +147,7 @@ class _Served:
                 sample = torch.randint(count, (SAMPLED_GRADIENTS,), generator=generator)
             elements = gradient[torch.unravel_index(sample.to(self._device), gradient.shape)].double()
             found.setdefault(f"grad.{key.split('.')[0]}", []).append(elements)
+        self._free_gradients()
         return self._save("gradients", {name: torch.cat(parts) for name, parts in found.items()})
 
     def time_ms(self, direction: str) -> float:
@@ -156,14 +157,18 @@ class _Served:
         start = time.perf_counter()
         run()
         self._synchronise()
-        return (time.perf_counter() - start) * 1e3
+        elapsed = (time.perf_counter() - start) * 1e3
+        self._free_gradients()
+        return elapsed
 
     def memory_mib(self, direction: str) -> float:
         """Peak memory of one run."""
         reset_peak(self._device)
         self._runs()[direction]()
         self._synchronise()
-        return peak_mib(self._device)
+        peak = peak_mib(self._device)
+        self._free_gradients()
+        return peak
 
     def _runs(self) -> dict[str, Callable[[], None]]:
         return {"forward": self._forward, "backward": self._forward_backward}
@@ -173,10 +178,12 @@ class _Served:
             self._implementation.intermediates(self._features)
 
     def _forward_backward(self) -> None:
-        """Gradients are allocated anew at every run, for every implementation alike."""
-        self._implementation.module.zero_grad(set_to_none=True)
         tokens = self._implementation.intermediates(self._features).tokens
         tokens.backward(self._cotangent.to(tokens.dtype))
+
+    def _free_gradients(self) -> None:
+        """Every run allocates its gradients anew, and nobody holds any while another implementation runs."""
+        self._implementation.module.zero_grad(set_to_none=True)
 
     def _synchronise(self) -> None:
         if self._device.type == "cuda":

@@ -1,4 +1,5 @@
-"""The official layout: which official tensor is which part of which parameter of ours. The only home of key names.
+"""The official layout: which official tensor is which part of which parameter of ours. Key names are made here;
+recognise.py reads them back.
 
 A convolution's ``[D, C, height, width]`` is a run of cells of a packed ``[cells, C, D]`` parameter; every other tensor
 is the same on both sides under another name. Forms that the official code lacks are named in its manner.

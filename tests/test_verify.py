@@ -14,7 +14,7 @@ from sp_fast import SPProjector, SPProjectorConfig
 from sp_fast.bench import verify as verify_module
 from sp_fast.bench.accuracy import compare
 from sp_fast.bench.verify import Request, check_memory, required_mib
-from sp_fast.bench.worker import Worker
+from sp_fast.bench.worker import Job, Worker, _Served
 from sp_fast.cli import app
 from sp_fast.errors import ResourceError, SPFastError
 from sp_fast.variants import VARIANTS
@@ -174,6 +174,31 @@ def test_a_misshaped_checkpoint_is_refused_before_anything_runs(tmp_path):
     result = run(["verify", "--checkpoint", str(tmp_path)])
     assert result.exit_code == 1
     assert "key_projector.1.weight has shape [4, 8] where [8, 8] is expected" in result.stderr
+
+
+def test_no_gradient_outlives_its_run(tmp_path):
+    """An idle process that kept them would hold as much memory again as its weights."""
+    save_file({"patch_features": torch.randn(1, 4, 16)}, tmp_path / "features.safetensors")
+    for implementation in ("reference", "fast"):
+        served = _Served(Job(implementation, SPProjectorConfig(**TINY), None, torch.float32, "cpu", 1, 0, tmp_path))
+        for run in (lambda s: s.time_ms("backward"), lambda s: s.memory_mib("backward"), lambda s: s.gradients()):
+            run(served)
+            assert all(p.grad is None for p in served._implementation.module.parameters())
+
+
+def test_workers_stop_where_a_later_one_fails(tiny, monkeypatch):
+    closed = []
+    monkeypatch.setattr(Worker, "close", lambda self: (closed.append(self.job.implementation), self._process.kill()))
+
+    def fails(self, job):
+        if job.implementation == "fast":
+            raise ResourceError("no room")
+        start(self, job)
+
+    start = Worker.__init__
+    monkeypatch.setattr(Worker, "__init__", fails)
+    assert run(tiny).exit_code == 1
+    assert closed == ["exact", "reference"]
 
 
 def test_a_killed_worker_is_reported(tiny, monkeypatch):
