@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 import sp_fast
+from sp_fast.bench.energy import Meter
+from sp_fast.errors import ConfigError
 
 _PACKAGES = ("triton", "transformers", "numpy", "safetensors")
 
@@ -27,7 +29,31 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
         "sp_fast": sp_fast.__version__,
         "commit": _commit(),
+        **(_cuda(device) if device.type == "cuda" else {}),
     }
+
+
+def _cuda(device: torch.device) -> dict[str, Any]:
+    """Of the GPU's software; the driver's version is None without NVML."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": Meter(device).driver(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_mib": properties.total_memory // 2**20,
+    }
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError for a device that torch does not know or cannot reach."""
+    try:
+        if torch.empty(0, device=name).device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither cpu nor cuda")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}); without a working GPU, choose cpu") from error
 
 
 def _cpu_name() -> str:

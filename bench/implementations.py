@@ -1,23 +1,54 @@
-"""The implementations that a measurement sets side by side, behind one interface."""
+"""The implementations that a measurement sets side by side, behind one interface.
+
+Each takes the official weights and gives every stage of the projector as a function (cases.STAGES), and gradients in
+the official layout. ``reference`` is the official form; the others but ``fast`` are it again, with its convolutions done
+another way: what plain PyTorch can reach without this package.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sp_fast import ReferenceSPProjector, SPProjector, SPProjectorConfig, geometry
 from sp_fast.checkpoint import fill, official_entries
 from sp_fast.interface import ProjectorOutput
 from sp_fast.kernels.pooled_rows import pooled_rows
-from sp_fast.kernels.window import Window
+from sp_fast.kernels.window import Window, encode_windows
+from sp_fast.kernels.windowed_matmul import windowed_matmul
 from sp_fast.tensor_files import StoredTensor
 
 Weights = Mapping[str, StoredTensor]
+StageFunction = Callable[..., tuple[Tensor, ...]]
 
 
-class Fast:
+class Implementation:
+    """A projector and its stages (cases.STAGES), each a method of that name: tensors in, a tuple of tensors out."""
+
+    module: SPProjector | ReferenceSPProjector
+
+    def stage(self, name: str) -> StageFunction:
+        return getattr(self, name)
+
+    def accept(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The inputs of a stage, as this implementation takes them."""
+        return inputs
+
+    def intermediates(self, patch_features: Tensor) -> ProjectorOutput:
+        return self.module.intermediates(patch_features)
+
+    def whole(self, patch_features: Tensor) -> tuple[Tensor, ...]:
+        return (self.module(patch_features),)
+
+    def tail(self, z_small: Tensor, *z_big: Tensor) -> tuple[Tensor, ...]:
+        return (self.module.integrate(z_small, z_big)[0],)
+
+
+class Fast(Implementation):
     """The projector of this package."""
 
     def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
@@ -26,9 +57,6 @@ class Fast:
         fill("the weights", self.module, places, weights)
         self.module.eval()
         self._places = {entry.official: entry for entry in places}
-
-    def intermediates(self, patch_features: Tensor) -> ProjectorOutput:
-        return self.module.intermediates(patch_features)
 
     def gradient_keys(self) -> list[str]:
         """Official keys of the tensors that a backward gave a gradient."""
@@ -39,44 +67,131 @@ class Fast:
         entry = self._places[key]
         return entry.view(self.module.get_parameter(entry.ours).grad)
 
-
-class Products(Fast):
-    """The forward's large matrix products written by hand on the packed weights: what a forward on them can reach."""
-
-    def intermediates(self, patch_features: Tensor) -> ProjectorOutput:
+    def spatial(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         extractor, config = self.module.extractor, self.module.config
+        if config.extractor == "transformer":
+            return (extractor(patch_features)[0],)
         levels = geometry.pooled_levels(config)
         rows = pooled_rows(patch_features, config.grid, geometry.map_origin(config), config.map_size, levels)
-        z_small = [_product(rows, extractor.spatial_weight, w) for w in geometry.spatial_windows(config)]
-        z_big = tuple(_product(rows, extractor.detail_weight, w) for w in geometry.detail_windows(config))
-        return ProjectorOutput(self.module.patch_mlp(patch_features), torch.cat(z_small or z_big, dim=1), z_big, ())
+        return (_convolved(rows, extractor.spatial_weight, geometry.spatial_windows(config)),)
+
+    def detail(self, patch_features: Tensor) -> tuple[Tensor, ...]:
+        config = self.module.config
+        z = _convolved(patch_features, self.module.extractor.detail_weight, geometry.detail_windows(config))
+        return z.split([side * side for side in config.detail_sides], dim=1)
+
+    def mlp(self, patch_features: Tensor) -> tuple[Tensor, ...]:
+        return (self.module.patch_mlp(patch_features),)
 
 
-def _product(rows: Tensor, weight: Tensor, w: Window) -> Tensor:
-    """im2col and one matmul."""
-    starts = [w.source(output, down * w.width) for output in range(w.outputs) for down in range(w.height)]
-    columns = torch.cat([rows[:, start : start + w.width] for start in starts], dim=1)
-    return columns.reshape(rows.shape[0], w.outputs, -1) @ weight[w.cell : w.cell + w.cells].flatten(0, 1)
+def _convolved(rows: Tensor, weight: Tensor, windows: list[Window]) -> Tensor:
+    """Some of the windows, on the one weight that they meet."""
+    return windowed_matmul(rows, [weight], encode_windows(replace(w, weight=0) for w in windows))
 
 
-class Reference:
+class Reference(Implementation):
     """The official form: nn.Conv2d on a permuted channels-last view, weights ``[D, C, k, k]``."""
 
+    cudnn_benchmark = False
+
     def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
         self.module = ReferenceSPProjector(config, device="meta", dtype=_dtype(weights)).to_empty(device=device)
         with torch.no_grad():
             for key, parameter in self.module.named_parameters():
                 parameter.copy_(weights[key].load())
         self.module.eval()
 
-    def intermediates(self, patch_features: Tensor) -> ProjectorOutput:
-        return self.module.intermediates(patch_features)
-
     def gradient_keys(self) -> list[str]:
         return [key for key, parameter in self.module.named_parameters() if parameter.grad is not None]
 
     def gradient(self, key: str) -> Tensor:
         return self.module.get_parameter(key).grad
+
+    def spatial(self, patch_features: Tensor) -> tuple[Tensor, ...]:
+        return (self.module.spatial_features(patch_features),)
+
+    def detail(self, patch_features: Tensor) -> tuple[Tensor, ...]:
+        return self.module.detail_maps(patch_features)
+
+    def mlp(self, patch_features: Tensor) -> tuple[Tensor, ...]:
+        return (self.module.mm_projector(patch_features),)
+
+
+class ReferenceBenchmark(Reference):
+    """The official form with cudnn.benchmark."""
+
+    cudnn_benchmark = True
+
+
+class ChannelsLast(Reference):
+    """The official form with its convolution weights in channels-last memory format."""
+
+    def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
+        super().__init__(config, weights, device)
+        for conv in _convolutions(self.module).values():
+            conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+class ChannelsLastBenchmark(ChannelsLast):
+    """Channels-last weights with cudnn.benchmark."""
+
+    cudnn_benchmark = True
+
+
+class Compiled(Reference):
+    """torch.compile of the official form, one static graph a stage and shape."""
+
+    def stage(self, name: str) -> StageFunction:
+        torch.compiler.reset()  # else a few shapes reach the limit of recompilations, and the rest run uncompiled
+        return torch.compile(super().stage(name), dynamic=False)
+
+
+class Linear(Reference):
+    """Flattened windows and F.linear on weights ``[D, k * k * C]``."""
+
+    def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
+        super().__init__(config, weights, device)
+        self._flat = {f"{name}.weight": self._flatten(conv) for name, conv in _convolutions(self.module).items()}
+        for key, flat in self._flat.items():
+            self.module.set_submodule(key.removesuffix(".weight"), flat)
+
+    def gradient(self, key: str) -> Tensor:
+        gradient = super().gradient(key)
+        return self._flat[key].official(gradient) if key in self._flat else gradient
+
+    def _flatten(self, conv: nn.Conv2d) -> _FlatConv:
+        return _FlatConv(conv, depth_first=False)
+
+
+class Matmul(Linear):
+    """Flattened windows and one matrix product on weights ``[k * k * C, D]``, a convolution each."""
+
+    def _flatten(self, conv: nn.Conv2d) -> _FlatConv:
+        return _FlatConv(conv, depth_first=True)
+
+
+class _FlatConv(nn.Module):
+    """im2col and one product, in place of a convolution."""
+
+    def __init__(self, conv: nn.Conv2d, depth_first: bool) -> None:
+        super().__init__()
+        self.kernel, self.step = conv.kernel_size, conv.stride
+        flat = conv.weight.data.permute(0, 2, 3, 1).flatten(1)
+        self.weight = nn.Parameter(flat.t().contiguous() if depth_first else flat)
+        self._product = torch.matmul if depth_first else F.linear
+        self._depth_first = depth_first
+
+    def official(self, weight: Tensor) -> Tensor:
+        """``[D, C, k, k]``, a view."""
+        flat = weight.t() if self._depth_first else weight
+        return flat.unflatten(1, (*self.kernel, -1)).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (height, width), (down, right) = self.kernel, self.step
+        windows = x.permute(0, 2, 3, 1).unfold(1, height, down).unfold(2, width, right)
+        columns = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+        return self._product(columns, self.weight).permute(0, 3, 1, 2)
 
 
 class Exact(Reference):
@@ -105,8 +220,9 @@ class Exact(Reference):
         self._met[key] = (x.detach(), leaf)
         return leaf
 
-    def intermediates(self, patch_features: Tensor) -> ProjectorOutput:
-        return super().intermediates(patch_features.double())
+    def accept(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self._met.clear()  # of the stage before
+        return tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
 
     def gradient_keys(self) -> list[str]:
         return [*self._met, *super().gradient_keys()]
@@ -122,8 +238,30 @@ def _widen(conv: nn.Conv2d, _: tuple) -> None:
     conv.double()
 
 
+def _convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
+
+
 def _dtype(weights: Weights) -> torch.dtype | None:
     return next(iter(weights.values())).dtype
 
 
-IMPLEMENTATIONS = {"reference": Reference, "fast": Fast, "products": Products, "exact": Exact}
+OURS, YARDSTICK, EXACT = "fast", "reference", "exact"
+IMPLEMENTATIONS = {
+    OURS: Fast,
+    YARDSTICK: Reference,
+    "reference_benchmark": ReferenceBenchmark,
+    "channels_last": ChannelsLast,
+    "channels_last_benchmark": ChannelsLastBenchmark,
+    "linear": Linear,
+    "matmul": Matmul,
+    "compiled": Compiled,
+    EXACT: Exact,
+}
+BASELINES = tuple(name for name in IMPLEMENTATIONS if name not in (OURS, EXACT))
+
+
+def baselines_on(device: torch.device) -> tuple[str, ...]:
+    """The baselines that differ from one another there: cudnn's switch means nothing to a CPU."""
+    cuda = device.type == "cuda"
+    return tuple(name for name in BASELINES if cuda or not IMPLEMENTATIONS[name].cudnn_benchmark)

@@ -31,9 +31,6 @@ def print_report(report: Report, console: Console) -> None:
     reference, fast = report.memory["reference_mib"], report.memory["fast_mib"]
     table.add_row("peak memory, MiB", f"{reference:,.0f}", f"{fast:,.0f}", f"{reference / fast:.2f}x")
     console.print(table)
-    if "products" in report.forward.milliseconds:
-        products, ours = report.forward.median("products"), report.forward.median("fast")
-        console.print(f"bare matrix products: {products:,.1f} ms; the whole forward takes {ours / products:.3f}x that")
     verdict = "[green]The results agree[/]" if report.agrees else "[red]The results disagree[/]"
     console.print(f"{verdict}: sp_fast's error at most 1.5 times the official form's, plus one ulp")
 

@@ -16,22 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sp_fast import SPProjectorConfig
+from sp_fast.bench import budget
 from sp_fast.bench.accuracy import Comparison, compare
-from sp_fast.bench.environment import environment
-from sp_fast.bench.process_memory import MIB, available_mib
-from sp_fast.bench.worker import FEATURES, Job, Worker
+from sp_fast.bench.cases import DTYPES, Case
+from sp_fast.bench.environment import check_device, environment
+from sp_fast.bench.gate import results
+from sp_fast.bench.implementations import EXACT, OURS, YARDSTICK
+from sp_fast.bench.memory import available_mib
+from sp_fast.bench.subject import ProjectorJob
+from sp_fast.bench.worker import Worker
 from sp_fast.checkpoint import inspect_official, official_shapes
 from sp_fast.errors import ConfigError, ResourceError
 from sp_fast.interface import check_patch_features
 from sp_fast.variants import VARIANTS
 from sp_fast.vision import clip_tower, load_image, patch_features, sample_photograph
 
+FEATURES = "features.safetensors"
 STAGES = ("z_small", "z_big", "attention", "spatial_tokens", "patch_tokens")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,6 @@ class Request:
     runs: int = 5
     seed: int = 0
     backward: bool = False
-    products: bool = False
 
 
 @dataclass
@@ -122,57 +126,46 @@ def verify(request: Request, progress: Callable[[str], None]) -> Report:
     with tempfile.TemporaryDirectory(prefix="sp_fast-verify-") as name:
         folder = Path(name)
         source = _write_features(request, config, folder, progress)
-        job = Job(
-            "exact",
-            config,
-            str(request.checkpoint) if request.checkpoint else None,
-            DTYPES[request.dtype],
-            request.device,
-            request.threads,
-            request.seed,
-            folder,
+        checkpoint = str(request.checkpoint) if request.checkpoint else None
+        job = ProjectorJob(
+            EXACT, config, DTYPES[request.dtype], request.device, request.seed, folder, checkpoint, folder / FEATURES
         )
-        names = ["reference", "fast", *(["products"] if request.products else [])]
+        cases = _cases(request, config, variant)
         progress("float64 yardstick")
-        with Worker(job) as exact:
-            expected = {kind: exact.tensors(kind) for kind in _kinds(request)}
+        with Worker(EXACT, request.threads) as exact:
+            exact.build(job)
+            expected = {direction: _computed(case, exact) for direction, case in cases.items()}
+        names = (YARDSTICK, OURS)
         progress(f"building {' and '.join(names)}")
         with contextlib.ExitStack() as running:
-            workers = {name: running.enter_context(Worker(replace(job, implementation=name))) for name in names}
-            forward = _measure(request, workers, "forward", expected["outputs"], progress)
-            backward = None
-            if request.backward:
-                trained = {name: workers[name] for name in ("reference", "fast")}
-                backward = _measure(request, trained, "backward", expected["gradients"], progress)
+            workers = {}
+            for name in names:
+                workers[name] = running.enter_context(Worker(name, request.threads))
+                workers[name].build(replace(job, implementation=name))
+            found = {d: _measure(request, workers, case, expected[d], progress) for d, case in cases.items()}
             progress("peak memory")
-            direction = "backward" if request.backward else "forward"
-            memory = {f"{name}_mib": workers[name].ask("memory_mib", direction) for name in ("reference", "fast")}
+            largest = cases.get("both", cases["forward"])
+            memory = {f"{name}_mib": workers[name].ask("memory", largest).peak_mib for name in names}
     parameters = sum(torch.Size(shape).numel() for shape in official_shapes(config).values())
-    found = environment(torch.device(request.device))
-    return Report(variant, request, request.threads, source, parameters, forward, backward, memory, found)
+    return Report(
+        variant,
+        request,
+        request.threads,
+        source,
+        parameters,
+        found["forward"],
+        found.get("both"),
+        memory,
+        environment(torch.device(request.device)),
+    )
 
 
 def required_mib(config: SPProjectorConfig, request: Request) -> float:
-    """An estimate of the peak: both projectors alive, the reference with its re-laid weights and its gradients."""
-    size = DTYPES[request.dtype].itemsize
-    shapes = official_shapes(config).values()
-    counts = [torch.Size(shape).numel() for shape in shapes]
-    largest, total = max(counts), sum(counts)
-    exact = total * size + largest * 8 * (3 if request.backward else 2)
-    alive = 2 + request.products + request.backward
-    pair = total * size * alive + largest * 4 * 3
-    activations = request.batch * config.patch_tokens * (config.vision_width + 4 * config.text_width) * 8
-    return (max(exact, pair) + activations) / MIB + 1200  # and the imports of three processes
-
-
-def check_device(name: str) -> None:
-    """Raises ConfigError for a device that torch does not know or cannot reach."""
-    try:
-        if torch.empty(0, device=name).device.type not in ("cpu", "cuda"):
-            raise RuntimeError("it is neither cpu nor cuda")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used ({reason}); without a working GPU, choose cpu") from error
+    """An estimate of the peak: both projectors alive, one of them running, or the float64 yardstick alone."""
+    arguments = (config, request.dtype, request.batch, request.backward)
+    return max(
+        2 * budget.idle_mib(config, request.dtype) + budget.running_mib(*arguments), budget.exact_mib(*arguments)
+    )
 
 
 def check_memory(config: SPProjectorConfig, request: Request) -> None:
@@ -190,8 +183,16 @@ def check_memory(config: SPProjectorConfig, request: Request) -> None:
     raise ResourceError(f"{message}: close other programs, or use a larger machine")
 
 
-def _kinds(request: Request) -> list[str]:
-    return ["outputs", *(["gradients"] if request.backward else [])]
+def _cases(request: Request, config: SPProjectorConfig, variant: str) -> dict[str, Case]:
+    directions = ["forward", *(["both"] if request.backward else [])]
+    return {d: Case(variant, config, "whole", d, request.batch, request.dtype) for d in directions}
+
+
+def _computed(case: Case, worker: Worker) -> dict[str, Tensor]:
+    """The forward level by level, or the gradients of forward and backward."""
+    if case.direction == "forward":
+        return load_file(worker.ask("intermediates", case))
+    return {name: tensor for name, tensor in results(case, worker).items() if name.startswith("grad.")}
 
 
 def _configure(request: Request) -> tuple[SPProjectorConfig, str]:
@@ -254,26 +255,23 @@ def _order(name: str) -> tuple[int, int, str]:
 def _measure(
     request: Request,
     workers: dict[str, Worker],
-    direction: str,
+    case: Case,
     expected: dict[str, Tensor],
     progress: Callable[[str], None],
 ) -> Direction:
     """Compares once (which also warms up), then times the implementations in turns."""
-    kind = "outputs" if direction == "forward" else "gradients"
-    found = {name: workers[name].tensors(kind) for name in ("reference", "fast")}
+    found = {name: _computed(case, worker) for name, worker in workers.items()}
     for name, tensors in found.items():
         if tensors.keys() != expected.keys():
             raise RuntimeError(f"{name} gives {sorted(tensors.keys() ^ expected.keys())} where float64 does not")
     result = Direction({name: [] for name in workers})
     dtype = DTYPES[request.dtype]
     result.comparisons = [
-        compare(key, found["fast"][key], found["reference"][key], expected[key], dtype)
+        compare(key, found[OURS][key], found[YARDSTICK][key], expected[key], dtype)
         for key in sorted(expected, key=_order)
     ]
-    for name in workers.keys() - found.keys():
-        workers[name].ask("time_ms", direction)
     for run in range(request.runs):
-        progress(f"{direction}, run {run + 1} of {request.runs}")
+        progress(f"{case.direction}, run {run + 1} of {request.runs}")
         for name, worker in workers.items():
-            result.milliseconds[name].append(worker.ask("time_ms", direction))
+            result.milliseconds[name] += worker.ask("time", case, 0.0, 1).ms
     return result

@@ -13,18 +13,21 @@ from sp_fast.checkpoint import official_shapes
 from sp_fast.tensor_files import StoredTensor
 
 
-def random_weights(config: SPProjectorConfig, seed: int, dtype: torch.dtype) -> dict[str, StoredTensor]:
-    """Seeded weights in the official layout, each made when it is read: nothing is 0 or 1 that need not be."""
+def random_weights(
+    config: SPProjectorConfig, seed: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, StoredTensor]:
+    """Seeded weights in the official layout, each made on the device when it is read: nothing is 0 or 1 that need
+    not be."""
     return {
-        key: StoredTensor(shape, dtype, lambda key=key, shape=shape: _random(key, shape, seed).to(dtype))
+        key: StoredTensor(shape, dtype, lambda key=key, shape=shape: _random(key, shape, seed, device).to(dtype))
         for key, shape in official_shapes(config).items()
     }
 
 
-def _random(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) ^ seed)
+def _random(key: str, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(zlib.crc32(key.encode()) ^ seed)
     if len(shape) == 1:  # biases around 0, normalisation weights around 1
         centre = 0.0 if key.endswith("bias") else 1.0
-        return torch.randn(shape, generator=generator).mul_(0.1).add_(centre)
+        return torch.randn(shape, generator=generator, device=device).mul_(0.1).add_(centre)
     bound = 1 / math.sqrt(math.prod(shape[1:]))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator)

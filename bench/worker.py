@@ -2,66 +2,99 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import signal
+import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from sp_fast import SPProjectorConfig
-from sp_fast.bench.implementations import IMPLEMENTATIONS
-from sp_fast.bench.process_memory import peak_mib, reset_peak
-from sp_fast.bench.weights import random_weights
-from sp_fast.checkpoint import official_tensors
+from sp_fast.bench.energy import Energy, Meter
+from sp_fast.bench.memory import Memory, measure_memory
+from sp_fast.bench.timing import TIMERS, Run, Times
 from sp_fast.errors import ResourceError, SPFastError
 
-FEATURES = "features.safetensors"
-SAMPLED_GRADIENTS = 2**18  # elements compared of one tensor's gradient, drawn by seed
+CLOSE_SECONDS = 2.0  # that a process is given to end by itself
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a worker builds and runs. ``folder`` holds the patch features and receives the results."""
+class Subject(Protocol):
+    """What is measured. Its other methods can be asked for too, by name."""
+
+    module: nn.Module
+
+    def inputs(self, case: Any) -> tuple[Tensor, ...]: ...
+
+    def forward(self, case: Any) -> Any: ...
+
+    def run(self, case: Any) -> Run: ...
+
+
+class Job(Protocol):
+    """Picklable, and builds the subject in the worker's process."""
 
     implementation: str
-    config: SPProjectorConfig
-    checkpoint: str | None  # None: seeded random weights
-    dtype: torch.dtype
     device: str
-    threads: int
-    seed: int
-    folder: Path
+
+    def build(self) -> Subject: ...
 
 
 class Worker:
-    """The parent's end. Raises the error that the child met, as RuntimeError or as the package's own."""
+    """The parent's end of a process. An error that the child meets is raised here, as the package's own or as a
+    RuntimeError; the child then waits for the next question."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, name: str, threads: int) -> None:
+        self.name = name
+        self._job: Job | None = None
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(job, other), daemon=True)
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(name, threads, other), daemon=True)
+        with _interrupts_ignored():  # inherited: Ctrl-C is for the parent, which stops its workers
+            self._process.start()
         other.close()
-        self.job = job
-        self._receive()
 
-    def ask(self, command: str, *arguments: Any) -> Any:
-        self._pipe.send((command, *arguments))
-        return self._receive()
+    def build(self, job: Job) -> Worker:
+        """Builds another subject in place of the last, unless it is the same."""
+        if job != self._job:
+            self._job = None
+            self.ask("build", job)
+            self._job = job
+        return self
 
-    def tensors(self, command: str) -> dict[str, Tensor]:
-        """Results that are too large for a pipe."""
-        return load_file(self.ask(command))
+    def forget(self) -> None:
+        """The subject's memory is given back."""
+        self._job = None
+        self.ask("forget")
+
+    def ask(self, question: str, *arguments: Any) -> Any:
+        """The answer of a method of the child's end, or of its subject."""
+        try:
+            self._pipe.send((question, *arguments))
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise ResourceError(
+                f"the {self.name} process died (exit code {self._process.exitcode}; -9 is usually a machine out of "
+                "memory): close other programs, or use a smaller batch"
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
 
     def close(self) -> None:
+        """Asks the process to end; one that is busy is ended."""
+        self._pipe.close()
+        self._process.join(CLOSE_SECONDS)
         if self._process.is_alive():
-            self._process.terminate()
+            self._process.kill()
         self._process.join()
 
     def __enter__(self) -> Worker:
@@ -70,126 +103,71 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _receive(self) -> Any:
-        try:
-            answer = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise ResourceError(
-                f"the {self.job.implementation} process died (exit code {self._process.exitcode}; -9 is usually a "
-                "machine out of memory): close other programs, or use a smaller batch"
-            ) from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
-
-def _serve(job: Job, pipe: Connection) -> None:
-    try:
-        served = _Served(job)
-        pipe.send("ready")
-        while True:
-            command, *arguments = pipe.recv()
-            pipe.send(getattr(served, command)(*arguments))
-    except (EOFError, KeyboardInterrupt):
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    except SPFastError as error:
-        pipe.send(error)
-    except Exception as error:  # noqa: BLE001, any failure must reach the parent, which raises it
-        pipe.send(RuntimeError(f"{job.implementation}: {type(error).__name__}: {error}"))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
-class _Served:
-    """The child's end: one method a command."""
+def _serve(name: str, threads: int, pipe: Connection) -> None:
+    torch.set_num_threads(threads)
+    # The yardstick computes in the dtype that it is named after, and so does everyone beside it.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    served = Served()
+    with contextlib.suppress(EOFError):  # the parent is gone
+        while True:
+            question, *arguments = pipe.recv()
+            try:
+                answer = served.answer(question, *arguments)
+            except SPFastError as error:
+                answer = error
+            except Exception as error:  # noqa: BLE001, any failure must reach the parent, which raises it
+                answer = RuntimeError(f"{name}: {type(error).__name__}: {error}")
+            pipe.send(answer)
 
-    def __init__(self, job: Job) -> None:
-        torch.set_num_threads(job.threads)
-        self._job, self._device = job, torch.device(job.device)
-        weights = random_weights(job.config, job.seed, job.dtype)
-        if job.checkpoint is not None:
-            stored = official_tensors(job.checkpoint)
-            weights = {
-                key: replace(stored[key], dtype=job.dtype, load=lambda key=key: stored[key].load().to(job.dtype))
-                for key in weights
-            }
-        self._implementation = IMPLEMENTATIONS[job.implementation](job.config, weights, self._device)
-        features = load_file(job.folder / FEATURES)["patch_features"]
-        self._features = features.to(self._device, job.dtype)
-        generator = torch.Generator().manual_seed(job.seed)
-        shape = (len(features), job.config.spatial_tokens + job.config.patch_tokens, job.config.text_width)
-        self._cotangent = torch.randn(shape, generator=generator).to(self._device, job.dtype)
 
-    def outputs(self) -> str:
-        """Everything that the forward computes, level by level."""
-        with torch.no_grad():
-            output = self._implementation.intermediates(self._features)
-        spatial = self._job.config.spatial_tokens
-        named = {f"z_small.{i}": output.z_small[:, i] for i in range(output.z_small.shape[1])}
-        named |= {f"z_big.{i}": z for i, z in enumerate(output.z_big)}
-        named |= {f"attention.{i}": a for i, a in enumerate(output.attention)}
-        named |= {"spatial_tokens": output.tokens[:, :spatial], "patch_tokens": output.tokens[:, spatial:]}
-        return self._save("outputs", named)
+class Served:
+    """The child's end: what can be asked of any subject."""
 
-    def gradients(self) -> str:
-        """A seeded sample of every gradient, in the official layout, pooled by module.
+    def __init__(self) -> None:
+        self.subject: Any = None
+        self._timer: Any = None
+        self._meter: Any = None
 
-        Pooled, because some gradients vanish identically (softmax is blind to the key's bias): alone, such a tensor
-        is rounding noise on both sides and has no relative error.
-        """
-        self._forward_backward()
-        implementation, found = self._implementation, {}
-        for key in sorted(implementation.gradient_keys()):
-            gradient = implementation.gradient(key)
-            generator = torch.Generator().manual_seed(self._job.seed)
-            count = gradient.numel()
-            sample = torch.arange(count)
-            if count > SAMPLED_GRADIENTS:
-                sample = torch.randint(count, (SAMPLED_GRADIENTS,), generator=generator)
-            elements = gradient[torch.unravel_index(sample.to(self._device), gradient.shape)].double()
-            found.setdefault(f"grad.{key.split('.')[0]}", []).append(elements)
-        self._free_gradients()
-        return self._save("gradients", {name: torch.cat(parts) for name, parts in found.items()})
+    def answer(self, question: str, *arguments: Any) -> Any:
+        method = getattr(self, question, None) or getattr(self.subject, question)
+        return method(*arguments)
 
-    def time_ms(self, direction: str) -> float:
-        """Milliseconds of one run: "forward" without gradients, or "backward", which is forward and backward."""
-        run = self._runs()[direction]
-        self._synchronise()
-        start = time.perf_counter()
-        run()
-        self._synchronise()
-        elapsed = (time.perf_counter() - start) * 1e3
-        self._free_gradients()
-        return elapsed
+    def build(self, job: Job) -> None:
+        self.forget()
+        device = torch.device(job.device)
+        self.subject = job.build()
+        self._timer, self._meter = TIMERS[device.type](device), Meter(device)
 
-    def memory_mib(self, direction: str) -> float:
-        """Peak memory of one run."""
-        reset_peak(self._device)
-        self._runs()[direction]()
-        self._synchronise()
-        peak = peak_mib(self._device)
-        self._free_gradients()
-        return peak
+    def forget(self) -> None:
+        """Gives the subject's memory back."""
+        self.subject = self._timer = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
-    def _runs(self) -> dict[str, Callable[[], None]]:
-        return {"forward": self._forward, "backward": self._forward_backward}
+    def time(self, case: Any, seconds: float, most: int) -> Times:
+        """Single runs, at most ``most``, for about ``seconds``."""
+        return self._timer.time(case.key, self.subject.run(case), seconds, most)
 
-    def _forward(self) -> None:
-        with torch.no_grad():
-            self._implementation.intermediates(self._features)
+    def memory(self, case: Any) -> Memory:
+        """Of one run."""
+        self._timer.release()
+        subject, trains = self.subject, case.direction != "forward"
+        return measure_memory(subject.module, subject.inputs(case), subject.run(case), subject.forward(case), trains)
 
-    def _forward_backward(self) -> None:
-        tokens = self._implementation.intermediates(self._features).tokens
-        tokens.backward(self._cotangent.to(tokens.dtype))
-
-    def _free_gradients(self) -> None:
-        """Every run allocates its gradients anew, and nobody holds any while another implementation runs."""
-        self._implementation.module.zero_grad(set_to_none=True)
-
-    def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def _save(self, name: str, tensors: dict[str, Tensor]) -> str:
-        path = self._job.folder / f"{self._job.implementation}.{name}.safetensors"
-        save_file({key: tensor.detach().double().cpu().contiguous() for key, tensor in tensors.items()}, path)
-        return str(path)
+    def energy(self, case: Any, seconds: float) -> Energy:
+        """A run's, over about ``seconds``."""
+        return self._meter.measure(self.subject.run(case), seconds)

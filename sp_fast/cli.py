@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 
+from sp_fast.bench.cli import app as bench
 from sp_fast.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(bench, name="bench")
 
 
 class Dtype(enum.StrEnum):
@@ -66,9 +68,6 @@ def verify(
     backward: Annotated[
         bool, typer.Option("--backward", help="Also forward and backward together, with every weight's gradient.")
     ] = False,
-    products: Annotated[
-        bool, typer.Option("--products", help="Also time the forward's bare matrix products, written by hand.")
-    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object (times in ms, memory in MiB).")
     ] = False,
@@ -89,7 +88,7 @@ def verify(
 
             request = Request(
                 image, vision_tower, checkpoint, variant, grid, spatial_width, dtype.value, device,
-                threads or len(os.sched_getaffinity(0)), batch, runs, seed, backward, products,
+                threads or len(os.sched_getaffinity(0)), batch, runs, seed, backward,
             )  # fmt: skip
             report = verify(request, status.update)
     except SPFastError as error:

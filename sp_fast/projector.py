@@ -77,11 +77,16 @@ class SPProjector(nn.Module):
         z_small, z_big = self.extractor(patch_features)
         z_small = finite_where("spatial", z_small, self.config)
         z_big = tuple(finite_where("detail", z, self.config) for z in z_big)
+        spatial, attention = self.integrate(z_small, z_big)
+        tokens = torch.cat([spatial, self.patch_mlp(patch_features)], dim=1)
+        return ProjectorOutput(tokens, z_small, z_big, attention)
+
+    def integrate(self, z_small: Tensor, z_big: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """DFI's attention and the output layer: spatial tokens ``[B, T, H]``, and the attention of each detail."""
         fused, attention = z_small, ()
         if self.integrator is not None:
             fused, attention = self.integrator(z_small, z_big)
-        tokens = torch.cat([self.output(F.gelu(fused)), self.patch_mlp(patch_features)], dim=1)
-        return ProjectorOutput(tokens, z_small, z_big, attention)
+        return self.output(F.gelu(fused)), attention
 
     @classmethod
     def from_official(

@@ -59,17 +59,32 @@ class ReferenceSPProjector(nn.Module):
         """The forward with everything that it computes on the way."""
         config = self.config
         check_patch_features(patch_features, config)
-        grid_map = patch_features.reshape(-1, config.grid, config.grid, config.vision_width)
-        z_big = tuple(self._finite("detail", z) for z in self._detail(grid_map))
+        z_big = self.detail_maps(patch_features)
         if config.levels:
-            tokens = [self._spatial(grid_map, level) for level in range(len(config.levels))]
-            z_small = self._finite("spatial", torch.cat(tokens, dim=1))
+            z_small = self.spatial_features(patch_features)
         else:  # the detail map itself gives the spatial tokens
             z_small, z_big = z_big[0], ()
-        fused, attention = self._integrate(z_small, z_big)
-        spatial = getattr(self, layout.output_module(config))(fused)
+        spatial, attention = self.integrate(z_small, z_big)
         tokens = torch.cat([spatial, self.mm_projector(patch_features)], dim=1)
         return ProjectorOutput(tokens, z_small, z_big, attention)
+
+    def spatial_features(self, patch_features: Tensor) -> Tensor:
+        """SFE: ``[B, N, C]`` to ``[B, T, D]``."""
+        grid_map = self._grid_map(patch_features)
+        tokens = [self._spatial(grid_map, level) for level in range(len(self.config.levels))]
+        return self._finite("spatial", torch.cat(tokens, dim=1))
+
+    def detail_maps(self, patch_features: Tensor) -> tuple[Tensor, ...]:
+        """The DFI's convolutions: ``[B, N, C]`` to ``[B, O, D]`` a detail, in row-major order."""
+        return tuple(self._finite("detail", z) for z in self._detail(self._grid_map(patch_features)))
+
+    def integrate(self, z_small: Tensor, z_big: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """DFI's attention and the output layer: spatial tokens ``[B, T, H]``, and the attention of each detail."""
+        fused, attention = self._attend(z_small, z_big)
+        return getattr(self, layout.output_module(self.config))(fused), attention
+
+    def _grid_map(self, patch_features: Tensor) -> Tensor:
+        return patch_features.reshape(-1, self.config.grid, self.config.grid, self.config.vision_width)
 
     def _spatial(self, grid_map: Tensor, level: int) -> Tensor:
         """One spatial token ``[B, 1, D]``."""
@@ -106,7 +121,7 @@ class ReferenceSPProjector(nn.Module):
         convs = (getattr(self, f"conv_{name}") for name in layout.detail_names(self.config))
         return [conv(square).flatten(2).permute(0, 2, 1) for conv in convs] if self.config.detail_kernels else []
 
-    def _integrate(self, z_small: Tensor, z_big: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _attend(self, z_small: Tensor, z_big: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Cross-attention over each detail map; returns the output layer's input and the attention."""
         attended, attentions = [], []
         for detail, z in enumerate(z_big):

@@ -1,0 +1,263 @@
+"""`sp-fast bench`: the benchmark commands. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Format(enum.StrEnum):
+    """Of what is printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    md = "md"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="table, json, csv or md (Markdown).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The same as --format json.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
+PlotOption = Annotated[
+    Path | None, typer.Option(help="Folder for figures, PNG and SVG: latency against batch, memory, roofline.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: every core.")]
+
+
+@app.callback()
+def main() -> None:
+    """How fast, how much memory, how far from the machine's limit, and against what."""
+
+
+@app.command()
+def projector(
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="crop, crop-dfi (default), pool, pool-dfi, or an official name. Repeatable."),
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="whole (default), spatial, detail, tail or mlp. Repeatable.")
+    ] = None,
+    direction: Annotated[
+        list[str] | None,
+        typer.Option(help="forward, backward, both (forward and backward). Default: forward and both. Repeatable."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images. Default: 1 and 8. Repeatable.")] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float32 (default on a CPU), bfloat16 (default on a GPU), float16. Repeatable."),
+    ] = None,
+    implementation: Annotated[
+        list[str] | None,
+        typer.Option(help="fast, reference, channels_last, linear, matmul, compiled, ... Default: all. Repeatable."),
+    ] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each implementation, at least one run each.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of random weights, features and upstream gradients.")] = 0,
+    spatial_width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Width of the spatial features; below the published 512 it needs less memory."),
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A rehearsal: widths of a few channels.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Result file (.jsonl), a line as soon as it is there.")] = None,
+    plot: PlotOption = None,
+    force: ForceOption = False,
+    format_: FormatOption = Format.table,
+    as_json: JsonOption = False,
+) -> None:
+    """Time (ms) and memory (MiB) of the projector beside plain PyTorch's best forms, each in a process of its own.
+
+    Every row is judged against float64 in the same run; one that is wrong is withheld and named. The speed-up is
+    against the strongest baseline; the roof comes from peaks measured in the same run. Exit code 0: all rows have
+    figures; 1: some were withheld, or it could not be run; 130: interrupted, finished rows are kept.
+    """
+
+    def command(console: Any) -> int:
+        from sp_fast.bench.execute import execute
+        from sp_fast.bench.plan import TINY, implementations, projector_cases
+        from sp_fast.bench.record import Sink
+        from sp_fast.bench.run import Plan
+
+        where = _device(device)
+        overrides = {**(TINY if tiny else {}), **({"spatial_width": spatial_width} if spatial_width else {})}
+        cases = projector_cases(
+            variant or ["crop-dfi"], stage or ["whole"], direction or ["forward", "both"], batch or [1, 8],
+            dtype or ["float32" if where == "cpu" else "bfloat16"], overrides,
+        )  # fmt: skip
+        chosen = implementations(where, implementation or ())
+        sink = Sink(out, force=force)
+        seconds = 0.02 if tiny else 0.25
+        plan = Plan(cases, chosen, where, _threads(threads), turns, turn_seconds=seconds, seed=seed)
+        outcome = execute(plan, sink, console, rehearsal=tiny)
+        _show(outcome.records, _format(format_, as_json), plot, force, console)
+        return outcome.code
+
+    _run("projector", command)
+
+
+@app.command()
+def gpu(
+    out: Annotated[
+        Path, typer.Option(help="Folder of result files, one a part. A second run goes on where it stopped.")
+    ],
+    part: Annotated[
+        list[str] | None, typer.Option(help="baselines, accuracy, projector. Default: all. Repeatable.")
+    ] = None,
+    device: DeviceOption = "cuda",
+    threads: ThreadsOption = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A rehearsal: widths of a few channels.")] = False,
+    format_: FormatOption = Format.table,
+    as_json: JsonOption = False,
+) -> None:
+    """Everything worth measuring on a machine with a GPU: at most 8 minutes a part, 25 together; resumable.
+
+    Needs only a checkout: python -m sp_fast.bench gpu --out DIR. Exit code 0: complete; 1: a row was withheld or time
+    ran out (run it again to go on); 130: interrupted, finished rows are kept.
+    """
+
+    def command(console: Any) -> int:
+        import torch
+
+        from sp_fast.bench.environment import environment
+        from sp_fast.bench.execute import execute
+        from sp_fast.bench.gpu import PARTS, Setting, part_file, part_plan
+        from sp_fast.bench.plan import check_names
+        from sp_fast.bench.record import Sink
+
+        setting = Setting(_device(device), _threads(threads), out, tiny)
+        check_names("part", part or (), tuple(PARTS))
+        code = 0
+        for name in part or PARTS:
+            commit = environment(torch.device(setting.device))["commit"]
+            sink = Sink(part_file(name, setting), append=True)
+            plan = part_plan(name, setting, commit)
+            if not plan.cases:
+                console.print(f"{name}: complete at this commit", highlight=False)
+                continue
+            outcome = execute(plan, sink, console, rehearsal=tiny)
+            if outcome.records:
+                _show(outcome.records, _format(format_, as_json), None, False, console)
+            if outcome.unfinished:
+                console.print(f"{name}: {outcome.unfinished} cases are left; run it again to go on", style="yellow")
+            code = max(code, outcome.code)
+            if outcome.interrupted:
+                break
+        return code
+
+    _run("gpu", command)
+
+
+@app.command()
+def show(
+    results: Annotated[Path, typer.Argument(help="Result file, or a folder of them.")],
+    plot: PlotOption = None,
+    force: ForceOption = False,
+    format_: FormatOption = Format.table,
+    as_json: JsonOption = False,
+) -> None:
+    """Print and draw results that were measured before."""
+
+    def command(console: Any) -> int:
+        from sp_fast.bench.record import read_records
+
+        _show(read_records(results), _format(format_, as_json), plot, force, console)
+        return 0
+
+    _run("show", command)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def compare(
+    a: Annotated[str, typer.Argument(help="Before: result file, folder of them, checkout, or git revision.")],
+    b: Annotated[str, typer.Argument(help="After: likewise. Checkouts and revisions are measured, in turns.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(help="What to measure, as for bench projector, after `--`: -- --batch 8.")
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0.0, help="Slower by more than this share counts.")] = 0.05,
+    format_: FormatOption = Format.table,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two results or two commits. Exit code 0: nothing got worse; 1: something is slower or larger, or has lost
+    its figure; 2: they cannot be compared.
+
+    A time counts as slower beyond the threshold only where the p20 to p80 ranges do not overlap.
+    """
+
+    def command(console: Any) -> int:
+        from sp_fast.bench.compare import BAD, changes, load, machines_differ
+        from sp_fast.bench.formats import CHANGE_FORMATS
+
+        with console.status("reading") as status:
+            before, after = load(a, b, options or (), status.update)
+        if warning := machines_differ(before, after):
+            console.print(warning, style="yellow", highlight=False)
+        found = changes(before, after, threshold)
+        sys.stdout.write(CHANGE_FORMATS[_format(format_, as_json)](found))
+        return int(any(change.verdict in BAD for change in found))
+
+    _run("compare", command, failed=2)
+
+
+def _run(name: str, command: Callable[[Any], int], failed: int = 1) -> NoReturn:
+    """Runs a command's body; the package's own errors become one line and an exit code."""
+    from rich.console import Console
+
+    from sp_fast.errors import SPFastError
+
+    console = Console(stderr=True)
+    try:
+        code = command(console)
+    except SPFastError as error:
+        console.print(f"sp-fast bench {name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        code = failed
+    except KeyboardInterrupt:
+        code = 130
+    raise typer.Exit(code)
+
+
+def _show(records: list, format_: str, plot: Path | None, force: bool, console: Any) -> None:
+    """Prints records and draws their figures."""
+    from sp_fast.bench.formats import FORMATS
+
+    if not records:
+        console.print("no row was finished", style="yellow")
+        return
+    sys.stdout.write(FORMATS[format_](records))
+    if plot is not None:
+        from sp_fast.bench.plots import plot as draw
+
+        for path in draw(records, plot, force):
+            console.print(f"wrote {path}", highlight=False)
+
+
+def _format(format_: Format, as_json: bool) -> str:
+    return "json" if as_json else format_.value
+
+
+def _threads(threads: int | None) -> int:
+    return threads or len(os.sched_getaffinity(0))
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from sp_fast.bench.environment import check_device
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(name)
+    return name
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,107 @@
+"""The accuracy gate: no figure without results that were judged in the same run, on the function that is timed.
+
+Ours must keep to the accuracy rule (accuracy.py), with the official form as its yardstick. A baseline only has to
+compute the same function, so that half of its dtype's digits agree with float64: held to the rule, F.linear in float32
+would drop out, which is a strong opponent and less exact than a convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sp_fast.bench.accuracy import compare, relative_error
+from sp_fast.bench.cases import DTYPES, Case
+from sp_fast.bench.implementations import OURS, YARDSTICK
+from sp_fast.bench.worker import Worker
+from sp_fast.errors import SPFastError
+
+Results = dict[str, Tensor]
+
+
+class GateError(SPFastError):
+    """Results that cannot be judged."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Largest relative error of any result, and of the official form's; what is wrong, if anything."""
+
+    error: float
+    reference_error: float
+    withheld: str | None
+
+
+class Gate:
+    """Results of the cases on one set of weights."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = DTYPES[dtype]
+        self._expected: dict[Case, Results | Exception] = {}
+        self._yardstick: dict[Case, Results] = {}
+        self._verdicts: dict[tuple[str, Case], Verdict] = {}
+
+    def expect(self, case: Case, exact: Results | Exception) -> None:
+        """Takes the float64 results, or why there are none."""
+        self._expected[case] = exact
+
+    def judge(self, name: str, case: Case, worker: Worker) -> Verdict:
+        """The verdict on a worker's results; the official form has to be judged before the others.
+
+        Raises:
+            GateError: nothing to judge by, because float64 or the official form failed at this case.
+        """
+        case = case.gate
+        if (name, case) not in self._verdicts:
+            self._verdicts[name, case] = self._judge(name, case, results(case, worker))
+        return self._verdicts[name, case]
+
+    def _judge(self, name: str, case: Case, found: Results) -> Verdict:
+        expected = self._expected[case]
+        if isinstance(expected, Exception):
+            raise GateError(f"not judged: float64 failed here ({expected})")
+        if found.keys() != expected.keys():
+            return Verdict(math.nan, math.nan, f"results differ in kind: {sorted(found.keys() ^ expected.keys())}")
+        if name == YARDSTICK:
+            self._yardstick[case] = found
+        elif case not in self._yardstick:
+            raise GateError("not judged: the official form gave no results here")
+        yardstick = self._yardstick[case]
+        errors = {key: relative_error(found[key], expected[key]) for key in expected}
+        reference_error = max(relative_error(yardstick[key], expected[key]) for key in expected)
+        wrong = self._outside(found, yardstick, expected) if name == OURS else self._unlike(errors)
+        error = math.nan if any(map(math.isnan, errors.values())) else max(errors.values())
+        return Verdict(error, reference_error, wrong)
+
+    def _outside(self, found: Results, yardstick: Results, expected: Results) -> str | None:
+        """What breaks the accuracy rule."""
+        for key in expected:
+            c = compare(key, found[key], yardstick[key], expected[key], self._dtype)
+            if not c.passed:
+                return (
+                    f"accuracy: {key} has an error of {c.fast_error:.1e} (largest {c.fast_largest:.1e}), the official "
+                    f"form {c.reference_error:.1e} (largest {c.reference_largest:.1e}); 1.5 times that and 1 ulp are "
+                    "allowed"
+                )
+        return None
+
+    def _unlike(self, errors: dict[str, float]) -> str | None:
+        """What is no longer the same function."""
+        bound = math.sqrt(torch.finfo(self._dtype).eps)
+        for key, error in errors.items():
+            if not error <= bound:
+                return f"accuracy: {key} has an error of {error:.1e}, above {bound:.1e}, half the digits of its dtype"
+        return None
+
+
+def results(case: Case, worker: Worker) -> Results:
+    """What a worker computes at a case, by name."""
+    path = Path(worker.ask("results", case))
+    found = load_file(path)
+    path.unlink()
+    return found

@@ -1,0 +1,159 @@
+"""A projector under measurement, in the process where it lives: its stages as runs, and their results for the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sp_fast import SPProjectorConfig
+from sp_fast.bench.cases import Case
+from sp_fast.bench.implementations import IMPLEMENTATIONS
+from sp_fast.bench.timing import Run
+from sp_fast.bench.weights import random_weights
+from sp_fast.checkpoint import official_tensors
+
+SAMPLED = 2**20  # elements compared of one tensor, drawn by seed
+
+
+@dataclass(frozen=True)
+class ProjectorJob:
+    """What a worker builds. ``folder`` receives the results."""
+
+    implementation: str
+    config: SPProjectorConfig
+    dtype: torch.dtype
+    device: str
+    seed: int
+    folder: Path
+    checkpoint: str | None = None  # None: seeded random weights
+    features: Path | None = None  # None: seeded random features
+
+    def build(self) -> ProjectorSubject:
+        return ProjectorSubject(self)
+
+
+class ProjectorSubject:
+    """One method a question that a worker is asked."""
+
+    def __init__(self, job: ProjectorJob) -> None:
+        self._job, self._device = job, torch.device(job.device)
+        weights = random_weights(job.config, job.seed, job.dtype, self._device)
+        if job.checkpoint is not None:
+            stored = official_tensors(job.checkpoint)
+            weights = {
+                key: replace(stored[key], dtype=job.dtype, load=lambda key=key: stored[key].load().to(job.dtype))
+                for key in weights
+            }
+        self._implementation = IMPLEMENTATIONS[job.implementation](job.config, weights, self._device)
+        self.module = self._implementation.module
+        self._prepared: tuple[Case | None, tuple] = (None, ())
+
+    def inputs(self, case: Case) -> tuple[Tensor, ...]:
+        return self._prepare(case)[0]
+
+    def forward(self, case: Case) -> Callable[[], tuple[Tensor, ...]]:
+        """The case's forward, as autograd sees it where the case has a backward."""
+        inputs, function, _ = self._prepare(case)
+        if case.direction != "forward":
+            return lambda: function(*inputs)
+
+        def without_gradients() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return without_gradients
+
+    def run(self, case: Case) -> Run:
+        """What is timed; gradients are freed after every run, so that each allocates its own."""
+        forward, free = self.forward(case), lambda: self._free(case)
+        if case.direction == "forward":
+            return Run(forward)
+        _, _, cotangents = self._prepare(case)
+        if case.direction == "both":
+            return Run(lambda: _backward(forward(), cotangents), after=free)
+        held: list[tuple[Tensor, ...]] = []
+        return Run(lambda: _backward(held.pop(), cotangents), before=lambda: held.append(forward()), after=free)
+
+    def results(self, case: Case) -> str:
+        """What the case computes: outputs, and where it has a backward, gradients. A seeded sample of each tensor.
+
+        Gradients come in the official layout and pooled by module, because some vanish identically (softmax is blind
+        to the key's bias): alone, such a tensor is rounding noise on both sides and has no relative error.
+        """
+        outputs = self.forward(case)()
+        named = {f"out.{i}": z for i, z in enumerate(outputs)}
+        if case.stage == "whole":
+            spatial = case.config.spatial_tokens
+            named = {"spatial_tokens": outputs[0][:, :spatial], "patch_tokens": outputs[0][:, spatial:]}
+        found = {name: self._sample(tensor) for name, tensor in named.items()}
+        if case.direction != "forward":
+            _backward(outputs, self._prepare(case)[2])
+            found |= self._gradients()
+            wanted = (x for x in self.inputs(case) if x.grad is not None)
+            found |= {f"grad.in.{i}": self._sample(x.grad) for i, x in enumerate(wanted)}
+            self._free(case)
+        return self._save(case.key, found)
+
+    def intermediates(self, case: Case) -> str:
+        """Everything that the forward computes, level by level."""
+        with torch.no_grad():
+            output = self._implementation.intermediates(*self.inputs(case))
+        spatial = case.config.spatial_tokens
+        named = {f"z_small.{i}": output.z_small[:, i] for i in range(output.z_small.shape[1])}
+        named |= {f"z_big.{i}": z for i, z in enumerate(output.z_big)}
+        named |= {f"attention.{i}": a for i, a in enumerate(output.attention)}
+        named |= {"spatial_tokens": output.tokens[:, :spatial], "patch_tokens": output.tokens[:, spatial:]}
+        return self._save("intermediates", {name: self._sample(tensor) for name, tensor in named.items()})
+
+    def _prepare(self, case: Case) -> tuple:
+        """Inputs, function and upstream gradients of a case, kept until another case comes."""
+        if self._prepared[0] != case:
+            self._prepared = (None, ())
+            inputs = case.inputs(self._job.seed, self._device)
+            if self._job.features is not None:
+                inputs = (load_file(self._job.features)["patch_features"].to(self._device, self._job.dtype),)
+            inputs = self._implementation.accept(inputs)
+            function = self._implementation.stage(case.stage)
+            with torch.set_grad_enabled(case.direction != "forward"):
+                outputs = function(*inputs)
+            generator = torch.Generator().manual_seed(self._job.seed)
+            drawn = (torch.randn(z.shape, generator=generator) for z in outputs)
+            cotangents = [c.to(self._device, self._job.dtype) for c in drawn]
+            self._prepared = (case, (inputs, function, cotangents))
+        return self._prepared[1]
+
+    def _gradients(self) -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = {}
+        for key in sorted(self._implementation.gradient_keys()):
+            sample = self._sample(self._implementation.gradient(key))
+            found.setdefault(f"grad.{key.split('.')[0]}", []).append(sample)
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _sample(self, tensor: Tensor) -> Tensor:
+        """Flat and in float64: all elements, or SAMPLED of them, the same for every implementation."""
+        tensor = tensor.detach()
+        if tensor.numel() <= SAMPLED:
+            return tensor.double().flatten().cpu()
+        generator = torch.Generator().manual_seed(self._job.seed)
+        chosen = torch.randint(tensor.numel(), (SAMPLED,), generator=generator).to(self._device)
+        return tensor[torch.unravel_index(chosen, tensor.shape)].double().cpu()
+
+    def _free(self, case: Case) -> None:
+        self.module.zero_grad(set_to_none=True)
+        for x in self._prepared[1][0] if self._prepared[0] == case else ():
+            x.grad = None
+
+    def _save(self, name: str, tensors: dict[str, Tensor]) -> str:
+        path = self._job.folder / f"{self._job.implementation}.{name}.safetensors"
+        save_file(tensors, path)
+        return str(path)
+
+
+def _backward(outputs: tuple[Tensor, ...], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
+    torch.autograd.backward(outputs, [c.to(z.dtype) for c, z in zip(cotangents, outputs, strict=True)])
+    return outputs
