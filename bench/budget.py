@@ -17,10 +17,13 @@ def idle_mib(config: SPProjectorConfig, dtype: str) -> float:
     return sum(_elements(config)) * DTYPES[dtype].itemsize / MIB + PROCESS_MIB
 
 
-def running_mib(config: SPProjectorConfig, dtype: str, batch: int, backward: bool) -> float:
-    """What the one that runs takes beyond that: gradients, weights laid out anew, activations."""
+def running_mib(config: SPProjectorConfig, dtype: str, batch: int, backward: bool, compiled: bool = False) -> float:
+    """What the one that runs takes beyond that: gradients, weights laid out anew, activations.
+
+    torch.compile's backward keeps every convolution's weights once more, in the layout that it chose.
+    """
     counts = _elements(config)
-    gradients = sum(counts) * DTYPES[dtype].itemsize * backward
+    gradients = sum(counts) * DTYPES[dtype].itemsize * (backward + compiled * backward)
     return (gradients + max(counts) * 4 * 3 + _activations(config, batch)) / MIB
 
 

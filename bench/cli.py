@@ -95,6 +95,10 @@ def projector(
             dtype or ["float32" if where == "cpu" else "bfloat16"], overrides,
         )  # fmt: skip
         chosen = implementations(where, implementation or ())
+        if plot is not None and not force:
+            from sp_fast.bench.plots import check_free, planned
+
+            check_free(planned(plot, {case.variant for case in cases}, {case.dtype for case in cases}))
         sink = Sink(out, force=force)
         seconds = 0.02 if tiny else 0.25
         plan = Plan(cases, chosen, where, _threads(threads), turns, turn_seconds=seconds, seed=seed)

@@ -44,11 +44,17 @@ def execute(plan: Plan, sink: Sink, console: Console, rehearsal: bool = False) -
             def say(text: str, done: int, total: int) -> None:
                 bar.update(task, description=text, completed=done, total=total)
 
+            def add(record: Record) -> None:
+                sink.add(record)
+                if not console.is_terminal:  # where no bar can be seen
+                    figure = record.withheld or (f"{record.ms_p50:.4g} ms" if record.ms_p50 else "judged")
+                    console.print(f"{record.case} {record.implementation}: {figure}", highlight=False, soft_wrap=True)
+
             peaks = None
             if plan.turns and plan.cases:
                 dtypes = dict.fromkeys([*(case.dtype for case in plan.cases), "bfloat16"])
                 peaks = measure_peaks(plan.device, plan.threads, dtypes, REHEARSAL_SHRINK if rehearsal else 1)
-            bench = Bench(plan, peaks, environment(torch.device(plan.device)), sink.add, Progress(0, say))
+            bench = Bench(plan, peaks, environment(torch.device(plan.device)), add, Progress(0, say))
             bench.run()
             unfinished = len(bench.unfinished)
     except KeyboardInterrupt:

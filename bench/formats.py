@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sp_fast.bench import summary
 from sp_fast.bench.compare import BAD, Change
+from sp_fast.bench.implementations import OURS, YARDSTICK
 from sp_fast.bench.record import Record
 from sp_fast.bench.summary import LABELS, Row
 
@@ -47,28 +48,66 @@ def _time_columns(names: list[str]) -> list[str]:
     return ["stage", "direction", "batch", *measured, "p20-p80", "roof", "share of roof", "best baseline", "speed-up"]
 
 
+def _case(record: Record) -> str:
+    return f"{record.stage} {record.direction} b{record.batch}"
+
+
+def _long_rows(rows: list[Row]) -> list[list[str]]:
+    """One line an implementation: what a terminal is wide enough for."""
+    lines = []
+    for row in rows:
+        for name, r in row.records.items():
+            if r.ms_p50 is None:
+                continue
+            ratio = row.speedups.get(name)
+            note = f"{row.speedup:.2f}x against {LABELS[row.best]}" if name == OURS and row.speedup else ""
+            if ratio is not None:
+                note = f"{ratio:.2f}x our time"
+            share = "-" if r.roof_share is None else f"{r.roof_share:.0%}"
+            lines.append([_case(r), LABELS[name], _ms(r.ms_p50), f"{_ms(r.ms_p20)}-{_ms(r.ms_p80)}", share, note])
+        if lines and (roof := next((r for r in row.records.values() if r.roof_ms), None)):
+            lines.append([_case(roof), f"roof ({roof.bound})", _ms(roof.roof_ms), "", "100%", ""])
+    return lines
+
+
+_LONG_COLUMNS = ["", "", "p50", "p20-p80", "of roof", ""]
+
+
+def _error_rows(rows: list[Row]) -> list[list[str]]:
+    """Only of what was judged and not timed: elsewhere a figure stands for its passed gate."""
+    judged = [row.our for row in rows if row.our and row.our.ms_p50 is None and row.our.error is not None]
+    return [
+        [_case(r), f"{r.error:.1e}", f"{r.reference_error:.1e}", "wrong" if r.withheld else "agrees"] for r in judged
+    ]
+
+
+_ERROR_COLUMNS = ["", LABELS[OURS], LABELS[YARDSTICK], ""]
+
+
 def _memory_rows(rows: list[Row]) -> list[list[str]]:
     lines = []
     for row in rows:
         for name, r in row.records.items():
             if r.peak_mib is not None:
                 parts = (r.weights_mib, r.saved_mib, r.gradients_mib, r.temporary_mib, r.peak_mib)
-                lines.append([r.stage, r.direction, str(r.batch), LABELS[name], *(f"{mib:,.0f}" for mib in parts)])
+                lines.append([_case(r), LABELS[name], *(f"{mib:,.0f}" for mib in parts)])
     return lines
 
 
-_MEMORY_COLUMNS = ["stage", "direction", "batch", "", "weights", "saved", "gradients", "temporary", "peak"]
+_MEMORY_COLUMNS = ["", "", "weights", "saved", "gradients", "temporary", "peak"]
 
 
 def _energy_rows(rows: list[Row]) -> list[list[str]]:
+    words = {True: "yes", False: "no", None: "-"}
     return [
-        [r.stage, r.direction, str(r.batch), LABELS[name], f"{r.energy_mj:,.1f}", f"{r.power_w or 0:,.0f}",
-         str(r.sm_mhz or "-"), {True: "yes", False: "no", None: "-"}[r.throttled]]
-        for row in rows for name, r in row.records.items() if r.energy_mj is not None
-    ]  # fmt: skip
+        [_case(r), LABELS[name], f"{r.energy_mj:,.1f}", _ms(r.power_w), str(r.sm_mhz or "-"), words[r.throttled]]
+        for row in rows
+        for name, r in row.records.items()
+        if r.energy_mj is not None
+    ]
 
 
-_ENERGY_COLUMNS = ["stage", "direction", "batch", "", "mJ a run", "W", "SM MHz", "throttled"]
+_ENERGY_COLUMNS = ["", "", "mJ a run", "W", "SM MHz", "throttled"]
 
 
 def _groups(records: list[Record]) -> list[tuple[str, list[Row]]]:
@@ -97,20 +136,30 @@ def to_table(records: list[Record]) -> str:
     for line in _where(records):
         console.print(line, highlight=False, markup=False)
     for title, rows in _groups(records):
-        names = summary.present(rows)
         for kind, columns, lines in (
-            ("time, ms (p50)", _time_columns(names), _time_rows(rows, names)),
+            ("time, ms", _LONG_COLUMNS, _long_rows(rows)),
+            ("error against float64, largest of all results", _ERROR_COLUMNS, _error_rows(rows)),
             ("memory, MiB", _MEMORY_COLUMNS, _memory_rows(rows)),
             ("energy", _ENERGY_COLUMNS, _energy_rows(rows)),
         ):
             if lines:
-                table = Table(*columns, box=box.SIMPLE, title=f"{title}: {kind}", title_justify="left")
-                for line in lines:
-                    table.add_row(*line)
-                console.print(table)
+                console.print(_rich(columns, lines, f"{title}: {kind}"))
     for what, why in summary.withheld(records):
         console.print(f"withheld: {what}: {why}", style="red", highlight=False, markup=False, soft_wrap=True)
     return console.file.getvalue()
+
+
+def _rich(columns: list[str], lines: list[list[str]], title: str) -> Table:
+    """Each case is named once, and parted from the next."""
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for line, before in zip(lines, [None, *lines], strict=False):
+        same = before is not None and line[0] == before[0]
+        if before is not None and not same:
+            table.add_section()
+        table.add_row("" if same else line[0], *line[1:])
+    return table
 
 
 def _console() -> Console:

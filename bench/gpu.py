@@ -20,6 +20,8 @@ FORWARD_BATCHES = (1, 8, 32, 256)
 TRAINING_BATCHES = (1, 8, 16, 32)
 DTYPE = "bfloat16"
 HEADLINE = "crop-dfi"
+TURNS = 5
+REHEARSED = ("crop-dfi", "conv336_adptive_pooling_multifuse_q")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def part_file(part: str, setting: Setting) -> Path:
 def part_plan(part: str, setting: Setting, commit: str | None) -> Plan:
     """What is left to do of a part: cases that this commit has not measured yet."""
     cases, names, turns = PARTS[part](setting)
+    turns = min(turns, 1) if setting.tiny else turns
     path = part_file(part, setting)
     done = [r for r in read_records(path) if r.environment.get("commit") == commit] if _has_records(path) else []
     left = tuple(case for case in cases if {(case.key, name) for name in names} - {_key(r) for r in done})
@@ -58,7 +61,7 @@ def _has_records(path: Path) -> bool:
 
 def _timed_cases(setting: Setting, variants: Sequence[str], stages: Sequence[str]) -> tuple[Case, ...]:
     """What matters most first: the whole projector, forward and then training, then the stages."""
-    forward, training = ((1, 2), (1, 2)) if setting.tiny else (FORWARD_BATCHES, TRAINING_BATCHES)
+    forward, training = ((1, 2), (2,)) if setting.tiny else (FORWARD_BATCHES, TRAINING_BATCHES)
     overrides = TINY if setting.tiny else {}
     cases: list[Case] = []
     for variant in variants:
@@ -71,7 +74,7 @@ def _timed_cases(setting: Setting, variants: Sequence[str], stages: Sequence[str
 
 def _baselines(setting: Setting) -> tuple[tuple[Case, ...], tuple[str, ...], int]:
     names = tuple(name for name in implementations(setting.device, ()) if name != OURS)
-    return _timed_cases(setting, (HEADLINE,), ("whole", "spatial", "detail")), names, 5
+    return _timed_cases(setting, (HEADLINE,), ("whole", "spatial", "detail")), names, TURNS
 
 
 def _projector(setting: Setting) -> tuple[tuple[Case, ...], tuple[str, ...], int]:
@@ -81,12 +84,13 @@ def _projector(setting: Setting) -> tuple[tuple[Case, ...], tuple[str, ...], int
     if _has_records(earlier):
         strongest = {row.best for row in summary.rows(read_records(earlier)) if row.best}
         names = tuple(name for name in names if name in {OURS, YARDSTICK} | strongest)
-    return _timed_cases(setting, (HEADLINE, "pool", "pool-dfi"), STAGES), names, 5
+    variants = REHEARSED if setting.tiny else (HEADLINE, "pool", "pool-dfi")
+    return _timed_cases(setting, variants, STAGES), names, TURNS
 
 
 def _accuracy(setting: Setting) -> tuple[tuple[Case, ...], tuple[str, ...], int]:
     """Every variant and dtype, outputs and gradients; nothing is timed."""
-    variants = [*OFFICIAL, *(name for name in SHORT if name.startswith("sliding"))]
+    variants = REHEARSED if setting.tiny else (*OFFICIAL, *(name for name in SHORT if name.startswith("sliding")))
     overrides = TINY if setting.tiny else {}
     found = [projector_cases(variants, ["whole"], ["both"], [2], [dtype], overrides) for dtype in (DTYPE, *DTYPES)]
     return tuple(dict.fromkeys(case for cases in found for case in cases)), (OURS, YARDSTICK), 0

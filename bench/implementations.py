@@ -1,8 +1,8 @@
 """The implementations that a measurement sets side by side, behind one interface.
 
 Each takes the official weights and gives every stage of the projector as a function (cases.STAGES), and gradients in
-the official layout. ``reference`` is the official form; the others but ``fast`` are it again, with its convolutions done
-another way: what plain PyTorch can reach without this package.
+the official layout. ``reference`` is the official form; the others but ``fast`` are it again, with its convolutions
+done another way: what plain PyTorch can reach without this package.
 """
 
 from __future__ import annotations

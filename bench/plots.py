@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ matplotlib.use("Agg")  # no display is needed, or opened
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from sp_fast.bench import summary
 from sp_fast.bench.implementations import OURS
@@ -39,8 +41,8 @@ def plot(records: list[Record], folder: Path, force: bool = False) -> list[Path]
     if not drawn:
         raise RecordError("nothing can be drawn: no record has a figure")
     paths = [Path(f"{stem}.{kind}") for stem in drawn for kind in ("png", "svg")]
-    if there := [path for path in paths if path.exists() and not force]:
-        raise RecordError(f"{there[0]} exists: choose another folder, or overwrite with --force")
+    if not force:
+        check_free(paths)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context({"svg.hashsalt": "sp_fast"}):  # the same data gives the same file
@@ -55,6 +57,18 @@ def plot(records: list[Record], folder: Path, force: bool = False) -> list[Path]
     return paths
 
 
+def planned(folder: Path, variants: Iterable[str], dtypes: Iterable[str]) -> list[Path]:
+    """What ``plot`` may write there."""
+    names = itertools.product(FIGURES, variants, dtypes, ("png", "svg"))
+    return [folder / f"{name}-{variant}-{dtype}.{kind}" for name, variant, dtype, kind in names]
+
+
+def check_free(paths: Iterable[Path]) -> None:
+    """Raises RecordError for a file that is there."""
+    if there := [path for path in paths if path.exists()]:
+        raise RecordError(f"{there[0]} exists: choose another folder, or overwrite with --force")
+
+
 def _machine(record: Record) -> str:
     threads = f", {record.threads} threads" if record.device == "cpu" else ""
     return f"{record.environment.get('machine')}{threads}, commit {record.environment.get('commit')}"
@@ -66,7 +80,9 @@ def latency(rows: list[Row]) -> Figure | None:
     directions = list(dict.fromkeys(row.any.direction for row in whole))
     if not directions:
         return None
-    figure, axes = plt.subplots(1, len(directions), figsize=(4.6 * len(directions), 4.2), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(directions), figsize=(4.6 * len(directions), 4.2), squeeze=False, layout="constrained"
+    )
     for axis, direction in zip(axes[0], directions, strict=True):
         chosen = [row for row in whole if row.any.direction == direction]
         for name in summary.present(chosen):
@@ -82,10 +98,12 @@ def latency(rows: list[Row]) -> Figure | None:
             axis.plot(*zip(*roof, strict=True), "k--", marker="_", label="roof (measured peaks)")
         axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="ms", title=TITLES[direction])
         axis.set_xticks([row.any.batch for row in chosen], [str(row.any.batch) for row in chosen])
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
     return figure
 
 
@@ -95,7 +113,9 @@ def memory(rows: list[Row]) -> Figure | None:
     chosen = {row.any.direction: row for row in sorted(whole, key=lambda row: -row.any.batch)}
     if not chosen:
         return None
-    figure, axes = plt.subplots(len(chosen), 1, figsize=(7.5, 2.6 * len(chosen)), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(
+        len(chosen), 1, figsize=(7.5, 2.6 * len(chosen)), squeeze=False, sharex=True, layout="constrained"
+    )
     for axis, (direction, row) in zip(axes[:, 0], chosen.items(), strict=True):
         names = [name for name in reversed(row.records) if row.records[name].peak_mib]
         left = [0.0] * len(names)
@@ -107,7 +127,6 @@ def memory(rows: list[Row]) -> Figure | None:
         axis.grid(alpha=0.3, axis="x")
     axes[-1][0].set_xlabel("MiB")
     axes[0][0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
     return figure
 
 
@@ -121,7 +140,7 @@ def roofline(rows: list[Row]) -> Figure | None:
     intensities = [r.flop / r.bytes for _, r in points]
     ridge = rate * 1e3 / gbps
     low, high = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
-    figure, axis = plt.subplots(figsize=(7.5, 4.6))
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     axis.plot([low, ridge, high], [low * gbps / 1e3, rate, rate], "k--", label=f"{gbps:.3g} GB/s, {rate:.3g} TFLOP/s")
     for row, r in points:
         ours = r.implementation == OURS
@@ -139,7 +158,6 @@ def roofline(rows: list[Row]) -> Figure | None:
     axis.grid(alpha=0.3, which="both")
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))  # each label once
     axis.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
-    figure.tight_layout()
     return figure
 
 

@@ -123,13 +123,13 @@ class Bench:
 
     def _case(self, heat: int, case: Case, workers: dict[str, Worker], gate: Gate) -> None:
         """The gate, memory, the turns, energy."""
-        taking_part: dict[str, Record] = {}
+        verdicts: dict[str, Any] = {}
         for name in sorted(workers, key=lambda name: name != YARDSTICK):
             self.progress.step(f"{case.key}: {name}, accuracy", 1)
-            verdict = self._tried(lambda n=name: gate.judge(n, case, workers[n]))
-            if name not in self.plan.implementations:
-                continue
-            record = self._record(heat, case, name, verdict)
+            verdicts[name] = self._tried(lambda n=name: gate.judge(n, case, workers[n]))
+        taking_part: dict[str, Record] = {}
+        for name in (name for name in workers if name in self.plan.implementations):
+            record = self._record(heat, case, name, verdicts[name])
             if record.withheld is None and self.plan.turns:
                 taking_part[name] = record
             else:
@@ -223,7 +223,7 @@ def heats_of(cases: list[Case], plan: Plan) -> list[tuple[str, ...]]:
     batch = max(case.batch for case in cases)
     arguments = (first.config, first.dtype, batch, backward)
     available, idle = available_mib(device), budget.idle_mib(first.config, first.dtype)
-    running = budget.running_mib(*arguments)
+    running = budget.running_mib(*arguments, compiled="compiled" in plan.implementations)
     others = [name for name in plan.implementations if name != OURS]
     if YARDSTICK not in others:
         others.insert(0, YARDSTICK)

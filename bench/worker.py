@@ -120,8 +120,9 @@ def _serve(name: str, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
     # The yardstick computes in the dtype that it is named after, and so does everyone beside it.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    gc.freeze()  # what the imports left need not be looked through before every measurement of memory
     served = Served()
-    with contextlib.suppress(EOFError):  # the parent is gone
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
             question, *arguments = pipe.recv()
             try:
