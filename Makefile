@@ -17,13 +17,16 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/installed
 endif
 
-.PHONY: demo test campaign lint clean
+.PHONY: demo test bench campaign lint clean
 
 demo: $(SETUP)
 	$(RUN) -m sp_fast verify
 
 test: $(SETUP) $(if $(NO_VENV),,lint)
 	$(RUN) -m pytest -m "not campaign" $(ARGS)
+
+bench: $(SETUP)
+	$(RUN) -m pytest tests/bench_projector.py --benchmark-only $(ARGS)
 
 campaign: $(SETUP)
 	$(RUN) -m pytest -m campaign -s --timeout 0 $(ARGS)
@@ -40,5 +43,5 @@ $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77" wheel
 	$(PIP) $(CPU_INDEX) $(TORCH) || $(PIP) $(TORCH)
-	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev,bench]"
 	touch $@

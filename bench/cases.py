@@ -41,17 +41,18 @@ class Case:
         return replace(self, direction="both") if self.direction == "backward" else self
 
     def inputs(self, seed: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Seeded random inputs of the stage: ``[B, N, C]`` with a mean a channel, as CLIP's have, or the tail's z."""
-        generator = torch.Generator().manual_seed(seed)
+        """Seeded random inputs of the stage, the same in every process: ``[B, N, C]`` with a mean a channel, as CLIP's
+        have, or the tail's z."""
+        generator = torch.Generator(device).manual_seed(seed)
         config, dtype = self.config, DTYPES[self.dtype]
         if self.stage == "tail":
             outputs = [side * side for side in config.detail_sides] if config.attends else []
             shapes = [(self.batch, count, config.spatial_width) for count in (config.spatial_tokens, *outputs)]
-            tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+            tensors = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
             return tuple(z.requires_grad_(self.direction != "forward") for z in tensors)
-        mean = torch.randn(config.vision_width, generator=generator)
-        features = torch.randn(self.batch, config.patch_tokens, config.vision_width, generator=generator)
-        return (features.add_(mean).to(device, dtype),)
+        mean = torch.randn(config.vision_width, generator=generator, device=device)
+        shape = (self.batch, config.patch_tokens, config.vision_width)
+        return (torch.randn(shape, generator=generator, device=device).add_(mean).to(dtype),)
 
 
 def stages_of(config: SPProjectorConfig) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ def gpu(
         Path, typer.Option(help="Folder of result files, one a part. A second run goes on where it stopped.")
     ],
     part: Annotated[
-        list[str] | None, typer.Option(help="baselines, accuracy, projector. Default: all. Repeatable.")
+        list[str] | None, typer.Option(help="baselines, accuracy, stages, variants. Default: all. Repeatable.")
     ] = None,
     device: DeviceOption = "cuda",
     threads: ThreadsOption = None,
@@ -140,15 +140,14 @@ def gpu(
 
         setting = Setting(_device(device), _threads(threads), out, tiny)
         check_names("part", part or (), tuple(PARTS))
-        code = 0
+        found, code = environment(torch.device(setting.device)), 0
         for name in part or PARTS:
-            commit = environment(torch.device(setting.device))["commit"]
             sink = Sink(part_file(name, setting), append=True)
-            plan = part_plan(name, setting, commit)
+            plan = part_plan(name, setting, found)
             if not plan.cases:
-                console.print(f"{name}: complete at this commit", highlight=False)
+                console.print(f"{name}: complete for these sources", highlight=False)
                 continue
-            outcome = execute(plan, sink, console, rehearsal=tiny)
+            outcome = execute(plan, sink, console, found, rehearsal=tiny)
             if outcome.records:
                 _show(outcome.records, _format(format_, as_json), None, False, console)
             if outcome.unfinished:
@@ -198,13 +197,15 @@ def compare(
     """
 
     def command(console: Any) -> int:
-        from sp_fast.bench.compare import BAD, changes, load, machines_differ
+        from sp_fast.bench.compare import BAD, changes, load, machines_differ, missing
         from sp_fast.bench.formats import CHANGE_FORMATS
 
         with console.status("reading") as status:
             before, after = load(a, b, options or (), status.update)
         if warning := machines_differ(before, after):
             console.print(warning, style="yellow", highlight=False)
+        if alone := missing(before, after):
+            console.print(f"only in one of the two, not compared: {', '.join(alone)}", style="yellow", highlight=False)
         found = changes(before, after, threshold)
         sys.stdout.write(CHANGE_FORMATS[_format(format_, as_json)](found))
         return int(any(change.verdict in BAD for change in found))
@@ -261,7 +262,3 @@ def _device(name: str) -> str:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(name)
     return name
-
-
-if __name__ == "__main__":
-    app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sp_fast.bench.environment import COMMIT_VARIABLE
 from sp_fast.bench.record import Record, RecordError, read_records
 
 ROUNDS = 2  # in turns, where two checkouts are measured
@@ -66,6 +68,11 @@ def _verdict(a: Record, b: Record, ratio: float | None, threshold: float) -> str
     if ratio < 1 / (1 + threshold) and b.ms_p80 < a.ms_p20:
         return "faster"
     return "unclear" if not 1 / (1 + threshold) <= ratio <= 1 + threshold else "same"
+
+
+def missing(a: Sequence[Record], b: Sequence[Record]) -> list[str]:
+    """Cases and implementations that only one of the two holds."""
+    return sorted({f"{r.case} {r.implementation}" for r in a} ^ {f"{r.case} {r.implementation}" for r in b})
 
 
 def machines_differ(a: Sequence[Record], b: Sequence[Record]) -> str | None:
@@ -122,11 +129,12 @@ class Checkout:
 
     def measure(self, options: Sequence[str], out: Path) -> list[Record]:
         command = [sys.executable, "-m", "sp_fast.bench", "projector", "--out", str(out), "--format", "json", *options]
-        result = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
-        if not out.is_file() or not out.read_text():
+        environment = {**os.environ, COMMIT_VARIABLE: self.name}
+        result = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
+        if result.returncode not in (0, 1) or not out.is_file():  # 1: a row was withheld, which its record says
             last = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise RecordError(f"{self.name} could not be measured: {last}")
-        return [replace(r, environment={**r.environment, "commit": self.name}) for r in read_records(out)]
+        return read_records(out)
 
 
 def _source(source: str, folder: Path) -> Path | Checkout:

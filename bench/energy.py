@@ -17,11 +17,15 @@ class Energy:
     """Over many runs back to back."""
 
     energy_mj: float | None = None  # millijoules a run, of the whole board
-    power_w: float | None = None
+    power_w: float | None = None  # that energy over the time
     sm_mhz: int | None = None
     memory_mhz: int | None = None
     temperature_c: int | None = None
-    throttled: bool | None = None  # by power or heat, at the end of the runs
+    throttled: bool | None = None  # by power or heat, while it ran
+
+
+#: NVML's bits for a power cap, hardware and thermal slowdowns, and the power brake
+_SLOWDOWNS = 0x04 | 0x08 | 0x20 | 0x40 | 0x80
 
 
 class Meter:
@@ -53,25 +57,26 @@ class Meter:
             return Energy()
         torch.cuda.synchronize(self._device)
         before, start, runs = self._read("nvmlDeviceGetTotalEnergyConsumption"), time.perf_counter(), 0
+        clocks: dict[str, Any] = {}
         while time.perf_counter() - start < seconds:
             for _ in range(10):
                 run.once()
             runs += 10
+            clocks = self._clocks()  # while the device works through what was queued
             torch.cuda.synchronize(self._device)
-        after, power = self._read("nvmlDeviceGetTotalEnergyConsumption"), self._read("nvmlDeviceGetPowerUsage")
-        reasons = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
-        return Energy(
-            energy_mj=None if before is None or after is None else (after - before) / runs,
-            power_w=None if power is None else power / 1e3,
-            sm_mhz=self._read("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            memory_mhz=self._read("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
-            temperature_c=self._read("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
-            throttled=None if reasons is None else bool(reasons & self._slowdowns()),
-        )
+        elapsed, after = time.perf_counter() - start, self._read("nvmlDeviceGetTotalEnergyConsumption")
+        if before is None or after is None:
+            return Energy(**clocks)
+        return Energy((after - before) / runs, (after - before) / 1e3 / elapsed, **clocks)
 
-    def _slowdowns(self) -> int:
-        names = ("SwPowerCap", "HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
-        return sum(getattr(self._nvml, f"nvmlClocksThrottleReason{name}", 0) for name in names)
+    def _clocks(self) -> dict[str, Any]:
+        reasons = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return {
+            "sm_mhz": self._read("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
+            "memory_mhz": self._read("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM"),
+            "temperature_c": self._read("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+            "throttled": None if reasons is None else bool(reasons & _SLOWDOWNS),
+        }
 
     def _read(self, function: str, constant: str | None = None, of_device: bool = True) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,7 @@ import sp_fast
 from sp_fast.bench.energy import Meter
 from sp_fast.errors import ConfigError
 
+COMMIT_VARIABLE = "SP_FAST_COMMIT"
 _PACKAGES = ("triton", "transformers", "numpy", "safetensors")
 
 
@@ -29,6 +31,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
         "sp_fast": sp_fast.__version__,
         "commit": _commit(),
+        "source": source_hash(),
         **(_cuda(device) if device.type == "cuda" else {}),
     }
 
@@ -71,15 +74,28 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+changes" where files differ from it; None for an installed package."""
+    """The checkout's commit, with "+changes" where files differ from it. Without git, what the copy's owner says it is
+    (SP_FAST_COMMIT), or None."""
     root = Path(sp_fast.__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get(COMMIT_VARIABLE)
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
-        return head + ("+changes" if _git(root, "status", "--porcelain") else "")
+        return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get(COMMIT_VARIABLE)
+
+
+def source_hash() -> str:
+    """Of this package's own files: two results with the same one come from the same code, committed or not."""
+    root = Path(sp_fast.__file__).resolve().parent
+    files = {path for folder in sp_fast.__path__ for path in Path(folder).glob("*.py") if folder == str(root)}
+    for name in ("kernels", "bench"):
+        files |= {path for folder in sp_fast.__path__ for path in (Path(folder) / name).rglob("*.py")}
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda path: (path.parent.name, path.name)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _git(root: Path, *words: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,8 +14,8 @@ from rich.progress import Progress as Bar
 
 from sp_fast.bench.environment import environment
 from sp_fast.bench.record import Record, Sink
-from sp_fast.bench.roofline import measure_peaks
 from sp_fast.bench.run import Bench, Plan, Progress
+from sp_fast.bench.worker import Worker
 
 REHEARSAL_SHRINK = 64  # of the streams and products behind the peaks
 
@@ -33,8 +36,20 @@ class Outcome:
         return int(self.unfinished > 0 or any(r.withheld for r in self.records))
 
 
-def execute(plan: Plan, sink: Sink, console: Console, rehearsal: bool = False) -> Outcome:
-    """Measures the plan; ``rehearsal`` takes small peaks for small shapes."""
+def blank_record(plan: Plan, found: dict[str, Any]) -> Record:
+    """What every record of a run shares."""
+    return Record(
+        benchmark="projector", case="", implementation="", variant="", stage="", direction="", batch=0, dtype="",
+        grid=0, vision_width=0, spatial_width=0, text_width=0, device=plan.device, threads=plan.threads,
+        run=f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}-{os.getpid()}", heat=0, environment=found,
+    )  # fmt: skip
+
+
+def execute(
+    plan: Plan, sink: Sink, console: Console, found: dict[str, Any] | None = None, rehearsal: bool = False
+) -> Outcome:
+    """Measures the plan; ``found`` is the environment, ``rehearsal`` takes small peaks for small shapes."""
+    found = found or environment(torch.device(plan.device))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     unfinished = 0
     try:
@@ -52,9 +67,11 @@ def execute(plan: Plan, sink: Sink, console: Console, rehearsal: bool = False) -
 
             peaks = None
             if plan.turns and plan.cases:
-                dtypes = dict.fromkeys([*(case.dtype for case in plan.cases), "bfloat16"])
-                peaks = measure_peaks(plan.device, plan.threads, dtypes, REHEARSAL_SHRINK if rehearsal else 1)
-            bench = Bench(plan, peaks, environment(torch.device(plan.device)), add, Progress(0, say))
+                dtypes = tuple(dict.fromkeys([*(case.dtype for case in plan.cases), "bfloat16"]))
+                with Worker("peaks", plan.threads, plan.patience) as worker:
+                    peaks = worker.ask("peaks", plan.device, dtypes, REHEARSAL_SHRINK if rehearsal else 1)
+            blank = replace(blank_record(plan, found), peaks=asdict(peaks) if peaks else {})
+            bench = Bench(plan, peaks, blank, add, Progress(0, say))
             bench.run()
             unfinished = len(bench.unfinished)
     except KeyboardInterrupt:

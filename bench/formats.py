@@ -64,13 +64,14 @@ def _long_rows(rows: list[Row]) -> list[list[str]]:
             if ratio is not None:
                 note = f"{ratio:.2f}x our time"
             share = "-" if r.roof_share is None else f"{r.roof_share:.0%}"
-            lines.append([_case(r), LABELS[name], _ms(r.ms_p50), f"{_ms(r.ms_p20)}-{_ms(r.ms_p80)}", share, note])
+            spread = f"{_ms(r.ms_p20)}-{_ms(r.ms_p80)}"
+            lines.append([_case(r), LABELS[name], _ms(r.ms_p50), spread, r.timer or "", share, note])
         if lines and (roof := next((r for r in row.records.values() if r.roof_ms), None)):
-            lines.append([_case(roof), f"roof ({roof.bound})", _ms(roof.roof_ms), "", "100%", ""])
+            lines.append([_case(roof), f"roof ({roof.bound})", _ms(roof.roof_ms), "", "", "100%", ""])
     return lines
 
 
-_LONG_COLUMNS = ["", "", "p50", "p20-p80", "of roof", ""]
+_LONG_COLUMNS = ["", "", "p50", "p20-p80", "clock", "of roof", ""]
 
 
 def _error_rows(rows: list[Row]) -> list[list[str]]:
@@ -118,16 +119,21 @@ def _groups(records: list[Record]) -> list[tuple[str, list[Row]]]:
 
 
 def _where(records: list[Record]) -> list[str]:
-    """Machine, versions and the measured peaks: what the figures stand on."""
-    first, found = records[0], records[0].environment
-    threads = f", {first.threads} threads" if first.device == "cpu" else ""
-    lines = [f"{found.get('machine')}{threads}, torch {found.get('torch')}, commit {found.get('commit')}"]
-    if peaks := next((r.peaks for r in records if r.peaks), None):
+    """Machine, versions, shapes and the measured peaks: what the figures stand on."""
+    lines = list(dict.fromkeys(map(_machine, records)))
+    widths = dict.fromkeys((r.vision_width, r.spatial_width, r.text_width) for r in records)
+    lines += [f"widths C={c}, D={d}, H={h}" for c, d, h in widths]
+    for peaks in list({r.run: r.peaks for r in records if r.peaks}.values())[:3]:
         products = ", ".join(f"{dtype} product {rate:.3g} TFLOP/s" for dtype, rate in peaks["tflops"].items())
         lines.append(
             f"measured peaks: read {peaks['read_gbps']:.4g} GB/s, copy {peaks['copy_gbps']:.4g} GB/s, {products}"
         )
     return lines
+
+
+def _machine(record: Record) -> str:
+    found, threads = record.environment, f", {record.threads} threads" if record.device == "cpu" else ""
+    return f"{found.get('machine')}{threads}, torch {found.get('torch')}, commit {found.get('commit')}"
 
 
 def to_table(records: list[Record]) -> str:

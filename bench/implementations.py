@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sp_fast import ReferenceSPProjector, SPProjector, SPProjectorConfig, geometry
 from sp_fast.checkpoint import fill, official_entries
+from sp_fast.integrator import finite_where
 from sp_fast.interface import ProjectorOutput
 from sp_fast.kernels.pooled_rows import pooled_rows
 from sp_fast.kernels.window import Window, encode_windows
@@ -52,11 +53,14 @@ class Fast(Implementation):
     """The projector of this package."""
 
     def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
+        _sum_in_float32()
         self.module = SPProjector(config, device="meta", dtype=_dtype(weights)).to_empty(device=device)
         places = official_entries(self.module)
         fill("the weights", self.module, places, weights)
         self.module.eval()
         self._places = {entry.official: entry for entry in places}
+        self._spatial = _alone(geometry.spatial_windows(config))
+        self._detail = _alone(geometry.detail_windows(config))
 
     def gradient_keys(self) -> list[str]:
         """Official keys of the tensors that a backward gave a gradient."""
@@ -73,20 +77,21 @@ class Fast(Implementation):
             return (extractor(patch_features)[0],)
         levels = geometry.pooled_levels(config)
         rows = pooled_rows(patch_features, config.grid, geometry.map_origin(config), config.map_size, levels)
-        return (_convolved(rows, extractor.spatial_weight, geometry.spatial_windows(config)),)
+        z = windowed_matmul(rows, [extractor.spatial_weight], self._spatial)
+        return (finite_where("spatial", z, config),)
 
     def detail(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         config = self.module.config
-        z = _convolved(patch_features, self.module.extractor.detail_weight, geometry.detail_windows(config))
-        return z.split([side * side for side in config.detail_sides], dim=1)
+        z = windowed_matmul(patch_features, [self.module.extractor.detail_weight], self._detail)
+        return finite_where("detail", z, config).split([side * side for side in config.detail_sides], dim=1)
 
     def mlp(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         return (self.module.patch_mlp(patch_features),)
 
 
-def _convolved(rows: Tensor, weight: Tensor, windows: list[Window]) -> Tensor:
-    """Some of the windows, on the one weight that they meet."""
-    return windowed_matmul(rows, [weight], encode_windows(replace(w, weight=0) for w in windows))
+def _alone(windows: list[Window]) -> list[int]:
+    """Windows that meet one weight, for a call with that weight only."""
+    return encode_windows(replace(w, weight=0) for w in windows)
 
 
 class Reference(Implementation):
@@ -96,6 +101,8 @@ class Reference(Implementation):
 
     def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        if type(self) in (Reference, Exact):
+            _sum_in_float32()
         self.module = ReferenceSPProjector(config, device="meta", dtype=_dtype(weights)).to_empty(device=device)
         with torch.no_grad():
             for key, parameter in self.module.named_parameters():
@@ -232,6 +239,12 @@ class Exact(Reference):
             return super().gradient(key)
         conv, (x, z) = self.module.get_submodule(key.removesuffix(".weight")), self._met[key]
         return torch.nn.grad.conv2d_weight(x, conv.weight.shape, z.grad, stride=conv.stride)
+
+
+def _sum_in_float32() -> None:
+    """For what is held to the accuracy rule; the other baselines keep torch's defaults, which may be faster."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def _widen(conv: nn.Conv2d, _: tuple) -> None:

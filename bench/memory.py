@@ -22,16 +22,17 @@ class Memory:
     """Of one run, MiB."""
 
     weights_mib: float
-    saved_mib: float  # what the forward keeps for the backward, without weights and inputs
     gradients_mib: float
-    temporary_mib: float  # at the peak, beyond weights, inputs, outputs, saved tensors and gradients
+    saved_mib: float  # what the forward keeps for the backward, without weights and inputs
+    temporary_mib: float  # at the peak beyond weights, inputs, outputs and gradients; with a backward, saved included
     peak_mib: float  # of the CUDA allocator; on a CPU of the whole process, python and libraries included
 
 
 def measure_memory(
-    module: nn.Module, inputs: Sequence[Tensor], run: Run, forward: Callable[[], object], trains: bool
+    module: nn.Module, inputs: Sequence[Tensor], run: Run, forward: Callable[[], object], direction: str
 ) -> Memory:
-    """``forward`` is the run's forward alone; ``trains`` says whether the run leaves gradients."""
+    """``forward`` is the run's forward alone."""
+    trains, backward_alone = direction != "forward", direction == "backward"
     device = inputs[0].device
     saved = saved_bytes([*module.parameters(), *inputs], forward) if trains else 0
     run.before()
@@ -44,8 +45,9 @@ def measure_memory(
     gradients = _unique_bytes([p.grad for p in module.parameters() if p.grad is not None])
     run.after()
     weights = _unique_bytes(module.parameters())
-    beyond = peak - before - (outputs + gradients + saved) / MIB
-    return Memory(weights / MIB, saved / MIB, gradients / MIB, max(0.0, beyond), peak)
+    outputs = 0 if backward_alone else outputs  # they were there before
+    beyond = peak - before - (outputs + gradients) / MIB
+    return Memory(weights / MIB, gradients / MIB, saved / MIB, max(0.0, beyond), peak)
 
 
 def saved_bytes(known: Iterable[Tensor], forward: Callable[[], object]) -> int:

@@ -21,7 +21,7 @@ from sp_fast.bench.summary import LABELS, Row
 
 TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 COLOURS = dict(zip(LABELS, ("C3", "C0", "C9", "C1", "C8", "C2", "C4", "C5"), strict=True))
-PARTS = {"weights_mib": "weights", "gradients_mib": "gradients", "saved_mib": "saved", "temporary_mib": "temporary"}
+PARTS = {"weights_mib": "weights", "gradients_mib": "gradients", "temporary_mib": "beyond, at the peak"}
 
 
 def plot(records: list[Record], folder: Path, force: bool = False) -> list[Path]:
@@ -93,9 +93,9 @@ def latency(rows: list[Row]) -> Figure | None:
                 spread = [[r.ms_p50 - r.ms_p20 for _, r in points], [r.ms_p80 - r.ms_p50 for _, r in points]]
                 axis.errorbar([batch for batch, _ in points], ms, spread, label=LABELS[name], color=COLOURS[name],
                               marker="o", capsize=2, linewidth=2.5 if name == OURS else 1.2)  # fmt: skip
-        roof = [(row.any.batch, r.roof_ms) for row in chosen for r in list(row.records.values())[:1] if r.roof_ms]
-        if roof:
-            axis.plot(*zip(*roof, strict=True), "k--", marker="_", label="roof (measured peaks)")
+        roofs = {row.any.batch: r.roof_ms for row in chosen for r in row.records.values() if r.roof_ms}
+        if roofs:
+            axis.plot(roofs.keys(), roofs.values(), "k--", marker="_", label="roof (measured peaks)")
         axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="ms", title=TITLES[direction])
         axis.set_xticks([row.any.batch for row in chosen], [str(row.any.batch) for row in chosen])
         axis.xaxis.set_minor_locator(NullLocator())

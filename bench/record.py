@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,9 +31,14 @@ class Record:
     direction: str
     batch: int
     dtype: str
+    grid: int
+    vision_width: int
+    spatial_width: int
+    text_width: int
     device: str
     threads: int
-    heat: int  # implementations of one heat took turns: ratios are taken within it
+    run: str  # when its run began, and the process that led it
+    heat: int  # implementations of one heat of one run took turns: ratios are taken within it
     runs: int = 0
     timer: str | None = None
     ms_p20: float | None = None
@@ -60,6 +66,7 @@ class Record:
     error: float | None = None  # against float64: largest relative Frobenius norm of an output or gradient
     reference_error: float | None = None  # the official form's, in the same dtype
     withheld: str | None = None  # why no figure is given: it failed, or its results are wrong
+    note: str | None = None  # why memory or energy is missing
     peaks: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
@@ -67,7 +74,8 @@ class Record:
     @property
     def identity(self) -> tuple[str, ...]:
         """What two runs must share for their figures to be compared."""
-        return (self.benchmark, self.case, self.implementation, self.device.partition(":")[0])
+        widths = (self.grid, self.vision_width, self.spatial_width, self.text_width)
+        return (self.benchmark, self.case, self.implementation, self.device.partition(":")[0], *map(str, widths))
 
     def to_json(self) -> str:
         return json.dumps(_rounded(asdict(self)), allow_nan=False)
@@ -131,23 +139,25 @@ class Sink:
             return
         if path.exists() and not (append or force):
             raise RecordError(f"{path} exists: choose another file, or overwrite it with --force")
+        self._replaces = force and not append
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = b""
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
             if append and path.exists():  # a line that a killed run did not finish goes
-                whole = path.read_bytes()
-                whole = whole[: whole.rfind(b"\n") + 1]
-            path.write_bytes(whole)
+                with path.open("r+b") as file:
+                    file.truncate(file.read().rfind(b"\n") + 1)
         except OSError as error:
             raise RecordError(f"{path} cannot be written ({error.strerror}): choose a folder that can") from error
 
     def add(self, record: Record) -> None:
         self.records.append(record)
         if self._path is not None:
-            with self._path.open("a") as file:
+            with self._path.open("w" if self._replaces else "a") as file:
                 file.write(record.to_json() + "\n")
+            self._replaces = False
 
 
 def finished(records: Iterable[Record]) -> set[tuple[str, ...]]:
-    """Identities that need not be measured again: those with a figure, or a result that was judged."""
+    """Identities that need not be measured again: those with a figure, or with results that were judged right."""
     return {r.identity for r in records if r.withheld is None}

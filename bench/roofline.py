@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
-import multiprocessing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from sp_fast.bench.cases import DTYPES
 from sp_fast.bench.counts import Count
+from sp_fast.bench.memory import MIB, available_mib
 from sp_fast.bench.timing import TIMERS, Run
 
 RUNS, SECONDS = 20, 1.0
@@ -45,28 +44,21 @@ class Peaks:
         return "memory" if bytes_ms >= count.flop / (self.tflops[dtype] * 1e9) else "compute"
 
 
-def measure_peaks(device: str, threads: int, dtypes: Iterable[str], shrink: int = 1) -> Peaks:
-    """Measured in a process of its own, which gives its memory back. ``shrink`` divides the sizes for a rehearsal."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(peaks_here, device, threads, tuple(dtypes), shrink).result()
-
-
-def peaks_here(device: str, threads: int, dtypes: tuple[str, ...], shrink: int = 1) -> Peaks:
-    """``measure_peaks`` in the present process."""
-    torch.set_num_threads(threads)
-    where = torch.device(device)
-    timer = TIMERS[where.type](where)
+def measure_peaks(device: torch.device, dtypes: Iterable[str], shrink: int = 1) -> Peaks:
+    """Measured on buffers far larger than any cache; ``shrink`` divides the sizes for a rehearsal."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timer = TIMERS[device.type](device)
 
     def best_ms(name: str, function: Callable[[], object]) -> float:
         function()
         return min(timer.time(name, Run(function), SECONDS, RUNS).ms)
 
     with torch.no_grad():
-        size = STREAM_BYTES[where.type] // shrink
-        read, copy = _stream_ms(torch.randn(size // 4, device=where), best_ms)
-        side = PRODUCT_SIDE[where.type] // math.isqrt(shrink)
-        tflops = {dtype: _product_tflops(dtype, where, side, best_ms) for dtype in dtypes}
+        size = min(STREAM_BYTES[device.type] // shrink, int(available_mib(device) * MIB) // 4 // 2**14 * 2**14)
+        read, copy = _stream_ms(torch.randn(size // 4, device=device), best_ms)
+        side = PRODUCT_SIDE[device.type] // math.isqrt(shrink)
+        tflops = {dtype: _product_tflops(dtype, device, side, best_ms) for dtype in dtypes}
     return Peaks(size / read / 1e6, 2 * size / copy / 1e6, tflops)
 
 

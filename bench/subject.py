@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from sp_fast.bench.weights import random_weights
 from sp_fast.checkpoint import official_tensors
 
 SAMPLED = 2**20  # elements compared of one tensor, drawn by seed
+POOLED, MOST_SEEDS = 10_000, 8
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,18 @@ class ProjectorSubject:
         Gradients come in the official layout and pooled by module, because some vanish identically (softmax is blind
         to the key's bias): alone, such a tensor is rounding noise on both sides and has no relative error.
         """
+        self._free(case)
+        self._poison()
         outputs = self.forward(case)()
-        named = {f"out.{i}": z for i, z in enumerate(outputs)}
-        if case.stage == "whole":
-            spatial = case.config.spatial_tokens
-            named = {"spatial_tokens": outputs[0][:, :spatial], "patch_tokens": outputs[0][:, spatial:]}
-        found = {name: self._sample(tensor) for name, tensor in named.items()}
+        found = {name: self._sample(tensor) for name, tensor in _named(case, outputs).items()}
+        for seed in range(1, _seeds(found) if self._job.features is None else 1):
+            inputs, function, _ = self._prepare(case)
+            inputs = self._implementation.accept(case.inputs(self._job.seed + seed, self._device))
+            with torch.set_grad_enabled(case.direction != "forward"):
+                more = _named(case, function(*inputs))
+            found = {name: torch.cat([found[name], self._sample(more[name])]) for name in found}
         if case.direction != "forward":
-            _backward(outputs, self._prepare(case)[2])
+            _backward(self.forward(case)(), self._prepare(case)[2])
             found |= self._gradients()
             wanted = (x for x in self.inputs(case) if x.grad is not None)
             found |= {f"grad.in.{i}": self._sample(x.grad) for i, x in enumerate(wanted)}
@@ -119,13 +125,17 @@ class ProjectorSubject:
                 inputs = (load_file(self._job.features)["patch_features"].to(self._device, self._job.dtype),)
             inputs = self._implementation.accept(inputs)
             function = self._implementation.stage(case.stage)
-            with torch.set_grad_enabled(case.direction != "forward"):
-                outputs = function(*inputs)
-            generator = torch.Generator().manual_seed(self._job.seed)
-            drawn = (torch.randn(z.shape, generator=generator) for z in outputs)
-            cotangents = [c.to(self._device, self._job.dtype) for c in drawn]
-            self._prepared = (case, (inputs, function, cotangents))
+            self._prepared = (case, (inputs, function, self._cotangents(case, function, inputs)))
         return self._prepared[1]
+
+    def _cotangents(self, case: Case, function: Callable, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Seeded upstream gradients, where the case has a backward."""
+        if case.direction == "forward":
+            return []
+        shapes = [z.shape for z in function(*inputs)]
+        generator = torch.Generator(self._device).manual_seed(self._job.seed)
+        drawn = (torch.randn(shape, generator=generator, device=self._device) for shape in shapes)
+        return [c.to(self._job.dtype) for c in drawn]
 
     def _gradients(self) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {}
@@ -143,6 +153,12 @@ class ProjectorSubject:
         chosen = torch.randint(tensor.numel(), (SAMPLED,), generator=generator).to(self._device)
         return tensor[torch.unravel_index(chosen, tensor.shape)].double().cpu()
 
+    def _poison(self) -> None:
+        """What the allocator hands out next holds NaN, so that an element that nobody writes shows."""
+        if self._device.type == "cuda":
+            for size in (2**16, 2**20, 2**24, 2**28):
+                torch.full((size,), math.nan, device=self._device)
+
     def _free(self, case: Case) -> None:
         self.module.zero_grad(set_to_none=True)
         for x in self._prepared[1][0] if self._prepared[0] == case else ():
@@ -152,6 +168,20 @@ class ProjectorSubject:
         path = self._job.folder / f"{self._job.implementation}.{name}.safetensors"
         save_file(tensors, path)
         return str(path)
+
+
+def _named(case: Case, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Spatial and patch tokens apart: an error of the few would drown in the many."""
+    if case.stage != "whole":
+        return {f"out.{i}": z for i, z in enumerate(outputs)}
+    spatial = case.config.spatial_tokens
+    return {"spatial_tokens": outputs[0][:, :spatial], "patch_tokens": outputs[0][:, spatial:]}
+
+
+def _seeds(found: dict[str, Tensor]) -> int:
+    """How many inputs it takes until the smallest output has POOLED elements: on few, equal implementations differ by
+    chance."""
+    return min(MOST_SEEDS, math.ceil(POOLED / max(1, min(map(len, found.values())))))
 
 
 def _backward(outputs: tuple[Tensor, ...], cotangents: list[Tensor]) -> tuple[Tensor, ...]:

@@ -24,10 +24,10 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One case: a record of every baseline, and ours of each heat."""
+    """One case: a record of every baseline, and ours of each run and heat."""
 
     baselines: dict[str, Record]
-    ours: dict[int, Record]
+    ours: dict[tuple[str, int], Record]
 
     @property
     def any(self) -> Record:
@@ -38,7 +38,7 @@ class Row:
         """How many times our time each baseline takes, taken within its heat; only where both have a figure."""
         ratios = {}
         for name, baseline in self.baselines.items():
-            ours = self.ours.get(baseline.heat)
+            ours = self.ours.get((baseline.run, baseline.heat))
             if ours and ours.ms_p50 and baseline.ms_p50:
                 ratios[name] = baseline.ms_p50 / ours.ms_p50
         return ratios
@@ -59,8 +59,9 @@ class Row:
     @property
     def our(self) -> Record | None:
         """Ours, as it ran beside the strongest baseline."""
-        heat = self.baselines[self.best].heat if self.best else None
-        return self.ours.get(heat) or next(iter(self.ours.values()), None)
+        best = self.baselines.get(self.best or "")
+        beside = self.ours.get((best.run, best.heat)) if best else None
+        return beside or next(iter(self.ours.values()), None)
 
     @property
     def records(self) -> dict[str, Record]:
@@ -79,13 +80,13 @@ class Row:
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """One row a case, in the order of a reader: by variant and dtype as they came, then stage, direction, batch."""
+    """One row a case and shape, in a reader's order: by variant and dtype as they came, stage, direction, batch."""
     records = list(records)
-    found: dict[str, Row] = {}
+    found: dict[tuple, Row] = {}
     for record in records:
-        row = found.setdefault(record.case, Row({}, {}))
+        row = found.setdefault(_shape(record), Row({}, {}))
         if record.implementation == OURS:
-            row.ours[record.heat] = record
+            row.ours[record.run, record.heat] = record
         else:
             row.baselines[record.implementation] = record
     groups = list(dict.fromkeys((r.variant, r.dtype) for r in records))
@@ -95,6 +96,11 @@ def rows(records: Iterable[Record]) -> list[Row]:
         return groups.index((r.variant, r.dtype)), STAGES.index(r.stage), DIRECTIONS.index(r.direction), r.batch
 
     return sorted(found.values(), key=place)
+
+
+def _shape(record: Record) -> tuple:
+    """The case with its widths, on its device."""
+    return record.case, record.device, record.grid, record.vision_width, record.spatial_width, record.text_width
 
 
 def present(found: Iterable[Row]) -> list[str]:

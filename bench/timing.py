@@ -1,19 +1,21 @@
 """Time of one call, on the device's own clock.
 
-CUDA: device events around each run, the L2 flushed before it; where a run takes less than a millisecond, a captured
-graph is replayed, so that launch gaps do not count. CPU: the wall clock, the last-level cache flushed.
+CUDA: device events around each run, the L2 flushed before it; around replays of a captured graph where every
+implementation of the case can be captured, so that launch gaps count for nobody. CPU: the wall clock, the last-level
+cache flushed.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-GRAPH_BELOW_MS = 1.0
 _LLC = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
@@ -48,20 +50,28 @@ class CpuTimer:
     """The wall clock around each run."""
 
     def __init__(self, device: torch.device) -> None:
-        size = _LLC.read_text().strip() if _LLC.is_file() else ""
-        cache = int(size[:-1]) * 2**10 if size.endswith("K") else 32 * 2**20
-        self._flush = torch.zeros(2 * cache, dtype=torch.uint8, device=device)
+        self._device = device
+        self._flush: Tensor | None = None
 
     def release(self) -> None:
-        """Nothing is kept between cases."""
+        """Nothing is held but the buffer that flushes the cache."""
+        self._flush = None
 
-    def time(self, key: str, run: Run, seconds: float, most: int) -> Times:
+    def capture(self, key: str, run: Run) -> bool:
+        """A CPU has no graphs."""
+        return False
+
+    def time(self, key: str, run: Run, seconds: float, most: int, graph: bool = False) -> Times:
         """As many runs as begin within ``seconds``, at least one and at most ``most``."""
+        if self._flush is None:
+            size = _LLC.read_text().strip() if _LLC.is_file() else ""
+            cache = int(size[:-1]) * 2**10 if size.endswith("K") else 32 * 2**20
+            self._flush = torch.zeros(2 * cache, dtype=torch.uint8, device=self._device)
         found: list[float] = []
         end = time.perf_counter() + seconds
         while not found or (len(found) < most and time.perf_counter() < end):
-            self._flush.add_(1)
             run.before()
+            self._flush.add_(1)
             start = time.perf_counter()
             run.timed()
             found.append((time.perf_counter() - start) * 1e3)
@@ -74,32 +84,44 @@ class CudaTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.zeros(max(2 * cache, 2**26), dtype=torch.uint8, device=device)
+        self._flush: Tensor | None = None
         self._captured: tuple[str, torch.cuda.CUDAGraph | None] = ("", None)
 
     def release(self) -> None:
-        """Lets go of the last case's graph and of its memory."""
-        self._captured = ("", None)
+        """Lets go of the last case's graph with its memory, and of the buffer that flushes the L2."""
+        self._captured, self._flush = ("", None), None
 
-    def time(self, key: str, run: Run, seconds: float, most: int) -> Times:
-        """As many runs as fit into ``seconds``, at least three and at most ``most``."""
-        if self._captured[0] != key:
-            self.release()
-            run.once()
-            self._captured = (key, None)
-            if min(self._events(run, 3)) < GRAPH_BELOW_MS and run.before is _nothing:
-                self._captured = (key, self._capture(run))
-        graph = self._captured[1]
-        timer, chosen = ("graph", Run(graph.replay)) if graph else ("events", run)
-        estimate = min(self._events(chosen, 2))
-        return Times(self._events(chosen, min(most, max(3, int(seconds * 1e3 / max(estimate, 1e-3))))), timer)
+    def capture(self, key: str, run: Run) -> bool:
+        """Whether the case can be replayed as a graph, which is then kept until ``release``.
+
+        A backward alone cannot: its graph would have to begin in the middle of autograd's.
+        """
+        self.release()
+        if run.before is not _nothing:
+            return False
+        graph = self._capture(run)
+        self._captured = (key, graph)
+        return graph is not None
+
+    def time(self, key: str, run: Run, seconds: float, most: int, graph: bool = False) -> Times:
+        """As many runs as fit into ``seconds``, at least three and at most ``most``; with ``graph``, replays of it."""
+        if graph:
+            kept, captured = self._captured
+            if kept != key or captured is None:
+                raise RuntimeError(f"{key} was not captured")
+            run = Run(captured.replay)
+        if self._flush is None:
+            cache = torch.cuda.get_device_properties(self._device).L2_cache_size
+            self._flush = torch.zeros(max(2 * cache, 2**26), dtype=torch.uint8, device=self._device)
+        estimate = max(min(self._events(run, 3)), 1e-3)
+        runs = min(most, max(3, int(seconds * 1e3 / estimate)))
+        return Times(self._events(run, runs), "graph" if graph else "events")
 
     def _events(self, run: Run, runs: int) -> list[float]:
         pairs = []
         for _ in range(runs):
-            self._flush.add_(1)
             run.before()
+            self._flush.add_(1)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run.timed()
@@ -110,21 +132,36 @@ class CudaTimer:
         return [start.elapsed_time(end) for start, end in pairs]
 
     def _capture(self, run: Run) -> torch.cuda.CUDAGraph | None:
-        """The run as a graph; None where something in it cannot be captured."""
+        """The run as a graph whose replay gives what the run gives; None where something in it cannot be captured."""
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(side):  # capture wants warm libraries, on the stream that it uses
                 for _ in range(3):
-                    run.once()
+                    expected = [z.detach().clone() for z in run.timed()]
+                    run.after()
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=side):
-                run.timed()
+                outputs = [z.detach() for z in run.timed()]
+            for z in outputs:
+                z.fill_(math.nan)
+            graph.replay()
+            torch.cuda.synchronize(self._device)
+            same = all(map(_alike, outputs, expected))
         except RuntimeError:
+            torch.cuda.set_stream(torch.cuda.default_stream(self._device))  # a failed capture may leave its own behind
             torch.cuda.synchronize(self._device)
             return None
-        return graph
+        finally:
+            run.after()
+        return graph if same else None
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    """Half the digits of the dtype; NaN never is."""
+    difference = (found.double() - expected.double()).norm() / expected.double().norm()
+    return bool(difference <= math.sqrt(torch.finfo(found.dtype).eps))
 
 
 TIMERS = {"cpu": CpuTimer, "cuda": CudaTimer}

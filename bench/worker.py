@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from sp_fast.bench.energy import Energy, Meter
 from sp_fast.bench.memory import Memory, measure_memory
+from sp_fast.bench.roofline import Peaks, measure_peaks
 from sp_fast.bench.timing import TIMERS, Run, Times
 from sp_fast.errors import ResourceError, SPFastError
 
+PATIENCE_SECONDS = 1200.0  # for one answer: the official form's backward takes minutes on a small CPU
 CLOSE_SECONDS = 2.0  # that a process is given to end by itself
 
 
@@ -47,8 +49,9 @@ class Worker:
     """The parent's end of a process. An error that the child meets is raised here, as the package's own or as a
     RuntimeError; the child then waits for the next question."""
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, patience: float = PATIENCE_SECONDS) -> None:
         self.name = name
+        self._patience = patience
         self._job: Job | None = None
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
@@ -74,6 +77,9 @@ class Worker:
         """The answer of a method of the child's end, or of its subject."""
         try:
             self._pipe.send((question, *arguments))
+            if not self._pipe.poll(self._patience):
+                self._process.kill()
+                raise ResourceError(f"the {self.name} process gave no answer to {question!r} in {self._patience:.0f} s")
             answer = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
@@ -118,8 +124,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 def _serve(name: str, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
-    # The yardstick computes in the dtype that it is named after, and so does everyone beside it.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32 for everyone
     gc.freeze()  # what the imports left need not be looked through before every measurement of memory
     served = Served()
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
@@ -144,11 +149,21 @@ class Served:
 
     def answer(self, question: str, *arguments: Any) -> Any:
         method = getattr(self, question, None) or getattr(self.subject, question)
-        return method(*arguments)
+        try:
+            return method(*arguments)
+        finally:
+            if torch.cuda.is_initialized() and question != "time":  # nobody sits on memory while others run
+                torch.cuda.empty_cache()
+
+    def peaks(self, device: str, dtypes: tuple[str, ...], shrink: int) -> Peaks:
+        """The machine's limits; needs no subject."""
+        return measure_peaks(torch.device(device), dtypes, shrink)
 
     def build(self, job: Job) -> None:
         self.forget()
         device = torch.device(job.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # events and streams are those of the current one
         self.subject = job.build()
         self._timer, self._meter = TIMERS[device.type](device), Meter(device)
 
@@ -159,15 +174,20 @@ class Served:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def time(self, case: Any, seconds: float, most: int) -> Times:
+    def capture(self, case: Any) -> bool:
+        """Whether the case can be replayed as a graph; it is kept for ``time`` and ``energy``."""
+        return self._timer.capture(case.key, self.subject.run(case))
+
+    def time(self, case: Any, seconds: float, most: int, graph: bool = False) -> Times:
         """Single runs, at most ``most``, for about ``seconds``."""
-        return self._timer.time(case.key, self.subject.run(case), seconds, most)
+        return self._timer.time(case.key, self.subject.run(case), seconds, most, graph)
 
     def memory(self, case: Any) -> Memory:
         """Of one run."""
         self._timer.release()
-        subject, trains = self.subject, case.direction != "forward"
-        return measure_memory(subject.module, subject.inputs(case), subject.run(case), subject.forward(case), trains)
+        subject = self.subject
+        forward = subject.forward(case)
+        return measure_memory(subject.module, subject.inputs(case), subject.run(case), forward, case.direction)
 
     def energy(self, case: Any, seconds: float) -> Energy:
         """A run's, over about ``seconds``."""

@@ -8,7 +8,7 @@ from sp_fast.errors import SPFastError
 class LocalWorker:
     """The interface of Worker, in this process."""
 
-    def __init__(self, name, threads):
+    def __init__(self, name, threads, patience=60.0):
         self.name, self.alive, self._served, self._job = name, True, Served(), None
 
     def build(self, job):
@@ -32,6 +32,12 @@ class LocalWorker:
     def close(self):
         self.alive = False
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
 
 def record(implementation="fast", ms=10.0, *, spread=0.02, stage="whole", direction="forward", batch=1, heat=0, **more):
     """A finished record; ``spread`` is the distance of p20 and p80 from p50."""
@@ -39,7 +45,7 @@ def record(implementation="fast", ms=10.0, *, spread=0.02, stage="whole", direct
     values = {
         "benchmark": "projector", "case": f"crop-dfi.{stage}.{direction}.b{batch}.float32", "implementation": implementation,
         "variant": "crop-dfi", "stage": stage, "direction": direction, "batch": batch, "dtype": "float32", "device": "cpu",
-        "threads": 2, "heat": heat, "environment": {"machine": "a machine", "torch": "2.13", "commit": "abc"},
+        "threads": 2, "run": "now-1", "heat": heat, "grid": 24, "vision_width": 1024, "spatial_width": 512, "text_width": 4096, "environment": {"machine": "a machine", "torch": "2.13", "commit": "abc"},
         "weights_mib": 100.0, "saved_mib": 1.0, "gradients_mib": 0.0, "temporary_mib": 5.0, "peak_mib": 500.0,
         "flop": 10**9, "bytes": 10**8, "tflops": 0.1, "gbps": 10.0, "roof_ms": 5.0, "roof_share": 0.5, "bound": "memory",
         "peaks": {"read_gbps": 20.0, "copy_gbps": 22.0, "tflops": {"float32": 0.2, "bfloat16": 0.3}}, **timed, **more,

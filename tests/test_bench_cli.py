@@ -7,15 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from sp_fast.bench import execute, gpu, run
+from sp_fast.bench import execute, gpu, pool, worker
 from sp_fast.bench.gpu import PARTS, Setting, part_plan
-from sp_fast.bench.record import read_records
+from sp_fast.bench.record import Sink, read_records
 from sp_fast.bench.roofline import Peaks
 from sp_fast.cli import app
 from tests.bench_helpers import LocalWorker, record
@@ -31,12 +32,13 @@ def bench(*arguments):
 @pytest.fixture
 def local(monkeypatch):
     """No processes, no peaks to wait for, eager everything."""
-    monkeypatch.setattr(run, "Worker", LocalWorker)
-    monkeypatch.setattr(run, "available_mib", lambda _: 1e6)
+    monkeypatch.setattr(pool, "Worker", LocalWorker)
+    monkeypatch.setattr(pool, "available_mib", lambda _: 1e6)
     monkeypatch.setattr(gc, "collect", lambda: 0)  # a fifth of a second in a process as full as pytest's
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
     rates = dict.fromkeys(("float32", "bfloat16", "float16"), 0.1)
-    monkeypatch.setattr(execute, "measure_peaks", lambda *_: Peaks(20.0, 22.0, rates))
+    monkeypatch.setattr(execute, "Worker", LocalWorker)
+    monkeypatch.setattr(worker, "measure_peaks", lambda *_: Peaks(20.0, 22.0, rates))
 
 
 def test_a_whole_run_with_real_processes(tmp_path):
@@ -103,20 +105,22 @@ def test_the_gpu_command_is_rehearsed(local, tmp_path):
         assert [r.withheld for r in found] == [None] * len(found), part
     baselines = read_records(tmp_path / "out" / "baselines.jsonl")
     assert {r.direction for r in baselines} == {"forward", "both"}
-    assert {r.implementation for r in baselines} == {"reference", "channels_last", "linear", "matmul", "compiled"}
-    assert {r.stage for r in read_records(tmp_path / "out" / "projector.jsonl")} == {
-        "whole",
-        "spatial",
-        "detail",
-        "tail",
-        "mlp",
+    assert {r.implementation for r in baselines} == {
+        "fast",
+        "reference",
+        "channels_last",
+        "linear",
+        "matmul",
+        "compiled",
     }
+    assert {r.stage for r in read_records(tmp_path / "out" / "stages.jsonl")} == {"spatial", "detail", "tail", "mlp"}
+    assert {r.variant for r in read_records(tmp_path / "out" / "variants.jsonl")} == {"pool", "pool-dfi"}
     judged = read_records(tmp_path / "out" / "accuracy.jsonl")
     assert {r.dtype for r in judged} == {"float32", "bfloat16", "float16"}
     assert all(r.ms_p50 is None for r in judged)
     again = bench("gpu", "--device", "cpu", "--tiny", "--out", tmp_path / "out")
     assert again.exit_code == 0
-    assert again.stderr.count("complete at this commit") == len(PARTS)
+    assert again.stderr.count("complete for these sources") == len(PARTS)
 
 
 def test_the_gpu_command_goes_on_where_it_stopped(local, tmp_path, monkeypatch):
@@ -129,35 +133,66 @@ def test_the_gpu_command_goes_on_where_it_stopped(local, tmp_path, monkeypatch):
     assert bench("gpu", "--device", "cpu", "--tiny", "--part", "baselines", "--out", tmp_path).exit_code == 0
     whole = read_records(path)
     kept = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(kept[:-7]) + kept[-7][:50])  # killed in the middle of a line
-    plan = part_plan("baselines", Setting("cpu", 1, tmp_path, tiny=True), whole[0].environment["commit"])
-    assert 1 <= len(plan.cases) <= 2  # five implementations a case
+    path.write_text("".join(kept[:-8]) + kept[-8][:50])  # killed in the middle of a line; six implementations a case
+    setting, found = Setting("cpu", 2, tmp_path, tiny=True), whole[0].environment
+    part_plan("baselines", setting, found)
+    Sink(path, append=True)
+    assert len(part_plan("baselines", setting, found).cases) == 2
     assert bench("gpu", "--device", "cpu", "--tiny", "--part", "baselines", "--out", tmp_path).exit_code == 0
-    assert [r.identity for r in read_records(path)] == [r.identity for r in whole]
-    plan = part_plan("baselines", Setting("cpu", 1, tmp_path, tiny=True), "another commit")
-    assert len(plan.cases) == len({r.case for r in whole})
+    assert sorted(r.identity for r in read_records(path)) == sorted(r.identity for r in whole)
+    assert len(part_plan("baselines", setting, found).cases) == 0
+    cases = len({r.case for r in whole})
+    # other sources, another machine, the published widths or another device: nothing of it counts as done
+    assert len(part_plan("baselines", setting, {**found, "source": "other"}).cases) == cases
+    assert len(part_plan("baselines", setting, {**found, "machine": "other"}).cases) == cases
+    assert len(part_plan("baselines", Setting("cpu", 2, tmp_path), found).cases) == 8
+    assert len(part_plan("baselines", Setting("cuda", 2, tmp_path, tiny=True), found).cases) == cases
+    broken = [replace(r, withheld="out of memory") if r.batch == 8 and r.direction == "both" else r for r in whole]
+    path.write_text("".join(r.to_json() + "\n" for r in broken))
+    assert {(c.direction, c.batch) for c in part_plan("baselines", setting, found).cases} == {("both", 8)}
 
 
 def test_the_gpu_parts_are_what_performance_is_judged_by(tmp_path):
-    """Published widths, bfloat16, B = 1, 8, 32, 256; ours stands beside the strongest baselines of the part before."""
-    setting = Setting("cuda", 2, tmp_path)
-    plan = part_plan("baselines", setting, "abc")
-    whole = {(c.direction, c.batch) for c in plan.cases if c.stage == "whole"}
-    assert whole == {("forward", b) for b in (1, 8, 32, 256)} | {("both", b) for b in (1, 8, 16, 32)}
-    assert {(c.dtype, c.config.vision_width, c.config.spatial_width) for c in plan.cases} == {("bfloat16", 1024, 512)}
-    assert len(plan.implementations) == 7
-    assert plan.deadline - time.monotonic() <= 480 - 60
-    assert len(part_plan("projector", setting, "abc").implementations) == 8
-    (tmp_path / "baselines.jsonl").write_text(
-        "".join(
-            record(name, ms).to_json() + "\n" for name, ms in (("linear", 5.0), ("compiled", 9.0), ("reference", 50.0))
-        )
-    )
-    assert part_plan("projector", setting, "abc").implementations == ("fast", "reference", "linear")
-    accuracy = part_plan("accuracy", setting, "abc")
+    """Published widths, bfloat16, B = 1, 8, 32, 256; ours beside all seven baselines in each part."""
+    setting, found = Setting("cuda", 2, tmp_path), {"machine": "x", "source": "y"}
+    plan = part_plan("baselines", setting, found)
+    assert {(c.direction, c.batch) for c in plan.cases} == {("forward", b) for b in (1, 8, 32, 256)} | {
+        ("both", b) for b in (1, 8, 16, 32)
+    }
+    assert {(c.dtype, c.stage, c.config.vision_width, c.config.spatial_width) for c in plan.cases} == {
+        ("bfloat16", "whole", 1024, 512)
+    }
+    for part in ("baselines", "stages", "variants"):
+        plan = part_plan(part, setting, found)
+        assert len(plan.implementations) == 8
+        assert plan.deadline - time.monotonic() + plan.patience / 2 <= 480
+    accuracy = part_plan("accuracy", setting, found)
     assert {c.dtype for c in accuracy.cases} == {"float32", "bfloat16", "float16"}
     assert len(accuracy.cases) == 15 * 3
     assert accuracy.turns == 0
+
+
+def test_gpu_processes_are_reused_for_the_next_variant(tmp_path):
+    """With real processes: three dtypes of two variants are built one after another in the same three."""
+    command = [
+        sys.executable,
+        "-m",
+        "sp_fast.bench",
+        "gpu",
+        "--tiny",
+        "--device",
+        "cpu",
+        "--part",
+        "accuracy",
+        "--out",
+        tmp_path,
+    ]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = read_records(tmp_path / "accuracy.jsonl")
+    assert len(found) == 2 * 3 * 2
+    assert {r.withheld for r in found} == {None}
+    assert "agrees" in result.stdout
 
 
 def test_a_withheld_row_is_named_and_is_exit_code_1(local, tmp_path, monkeypatch):
@@ -207,7 +242,7 @@ def test_wrong_input_is_one_line_and_exit_code_1(arguments, message, tmp_path, m
 
 def test_results_are_safe_before_anything_is_measured(local, tmp_path, monkeypatch):
     """A file or figure that is there, or a folder that cannot be written, is said at once."""
-    monkeypatch.setattr(execute, "measure_peaks", lambda *_: pytest.fail("measured in vain"))
+    monkeypatch.setattr(worker, "measure_peaks", lambda *_: pytest.fail("measured in vain"))
     (tmp_path / "a.jsonl").write_text("precious")
     (tmp_path / "latency-crop-dfi-float32.png").write_text("precious")
     for arguments in (
@@ -262,7 +297,7 @@ def test_show_prints_and_draws(tmp_path):
 
 
 def test_no_memory_is_said_with_a_way_out(local, monkeypatch):
-    monkeypatch.setattr(run, "available_mib", lambda _: 100.0)
+    monkeypatch.setattr(pool, "available_mib", lambda _: 100.0)
     result = bench(*TINY)
     assert result.exit_code == 1
     assert "choose a smaller --spatial-width or --batch, or bfloat16" in result.stderr

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from sp_fast import SPProjector
-from sp_fast.bench import implementations, run
+from sp_fast.bench import budget, implementations, pool, run
 from sp_fast.bench.cases import DIRECTIONS, Case, stages_of
+from sp_fast.bench.execute import blank_record
 from sp_fast.bench.implementations import BASELINES, IMPLEMENTATIONS, Compiled, Reference, baselines_on
 from sp_fast.bench.plan import TINY, projector_cases
+from sp_fast.bench.pool import heats_of
 from sp_fast.bench.roofline import Peaks
-from sp_fast.bench.run import Bench, Plan, Progress, heats_of
+from sp_fast.bench.run import Bench, Plan, Progress
+from sp_fast.bench.subject import ProjectorJob
 from sp_fast.errors import ConfigError, ResourceError
 from tests.bench_helpers import LocalWorker
 from tests.helpers import ALL_VARIANTS, small
@@ -24,8 +27,8 @@ EAGER = ("fast", "reference", "channels_last", "linear", "matmul")
 
 @pytest.fixture(autouse=True)
 def local(monkeypatch):
-    monkeypatch.setattr(run, "Worker", LocalWorker)
-    monkeypatch.setattr(run, "available_mib", lambda _: 1e6)
+    monkeypatch.setattr(pool, "Worker", LocalWorker)
+    monkeypatch.setattr(pool, "available_mib", lambda _: 1e6)
     monkeypatch.setattr(gc, "collect", lambda: 0)  # a fifth of a second in a process as full as pytest's
 
 
@@ -37,7 +40,8 @@ def measure(cases, names=EAGER, **options):
     records, said = [], []
     options = {"turns": 2, "turn_seconds": 0.0, **options}
     plan = Plan(tuple(cases), tuple(names), **options)
-    bench = Bench(plan, PEAKS, {"commit": "abc"}, records.append, Progress(0, lambda *what: said.append(what)))
+    blank = blank_record(plan, {"commit": "abc"})
+    bench = Bench(plan, PEAKS, blank, records.append, Progress(0, lambda *what: said.append(what)))
     bench.run()
     return records, bench, said
 
@@ -153,6 +157,17 @@ def test_one_that_fails_does_not_stop_the_others(monkeypatch):
     assert "LinAlgError" in found["matmul", 2]
 
 
+@pytest.mark.parametrize("fault", ["zeros", "tokens in another order", "NaN"])
+def test_a_wrong_yardstick_judges_nothing(monkeypatch, fault):
+    faulty(monkeypatch, "reference", FAULTS[fault])
+    records, *_ = measure(cases_of(), ["fast", "reference", "linear"])
+    found = {r.implementation: r.withheld for r in records}
+    assert "it judges nothing" in found["reference"]
+    assert "not judged: the official form gave no results here, or wrong ones" in found["fast"]
+    assert "not judged" in found["linear"]
+    assert all(r.ms_p50 is None for r in records)
+
+
 @pytest.mark.parametrize("name", ["exact", "reference"])
 def test_without_a_yardstick_nothing_is_printed(monkeypatch, name):
     faulty(monkeypatch, name, lambda out: torch.linalg.inv(torch.zeros(2, 2)))
@@ -175,61 +190,131 @@ def test_judged_only():
 
 
 def test_implementations_take_turns(monkeypatch):
-    asked = []
-    original = LocalWorker.ask
-
-    def ask(self, question, *arguments):
-        asked.append((self.name, question))
-        return original(self, question, *arguments)
-
-    monkeypatch.setattr(LocalWorker, "ask", ask)
+    asked = watch(monkeypatch)
     records, *_ = measure(cases_of(), ["fast", "reference", "linear"], turns=3)
     order = [name for name, question in asked if question == "time"]
     assert order[:3] * 3 == order
     assert len(set(order)) == 3
     assert all(r.runs == 3 for r in records)
     questions = [question for name, question in asked if name == "fast"]
-    assert questions == ["build", "results", "memory", "time", "time", "time", "energy"]
+    assert questions == ["build", "results", "memory", "capture", "time", "time", "time", "energy"]
 
 
 def test_heats_follow_memory(monkeypatch):
     """Ours in each, the yardstick in the first; too little for one beside ours is said."""
     cases = list(cases_of())
-    plan = Plan(tuple(cases), EAGER)
-    idle, running = (
-        run.budget.idle_mib(cases[0].config, "float32"),
-        run.budget.running_mib(cases[0].config, "float32", 1, False),
-    )
+    idle = budget.idle_mib(cases[0].config, "float32")
+    running = budget.running_mib(cases[0].config, "float32", 1, False)
 
-    def heats(processes, plan=plan):
-        monkeypatch.setattr(run, "available_mib", lambda _: processes * idle + running + 1)
-        return heats_of(cases, plan)
+    def heats(processes, names=EAGER):
+        monkeypatch.setattr(pool, "available_mib", lambda _: processes * idle + running + 1)
+        return heats_of(cases, names, "cpu")
 
     assert heats(10) == [EAGER]
     assert heats(3) == [("fast", "reference", "channels_last"), ("fast", "linear", "matmul")]
     assert heats(2) == [("fast", name) for name in EAGER[1:]]
-    assert heats(9, Plan(tuple(cases), ("fast", "linear"))) == [("fast", "reference", "linear")]
-    assert heats(1.5, Plan(tuple(cases), ("linear",))) == [("reference",), ("linear",)]
+    assert heats(9, ("fast", "linear")) == [("fast", "reference", "linear")]
+    assert heats(1.5, ("linear",)) == [("reference",), ("linear",)]
     with pytest.raises(ResourceError, match=r"needs about [\d,]+ MiB, but [\d,]+ MiB are available: choose a smaller"):
         heats(1)
 
 
+def test_the_budget_counts_what_is_held():
+    """By hand: weights, 500 MiB a process; gradients; and once more the weights for what torch.compile keeps."""
+    config = cases_of()[0].config
+    weights = sum(p.numel() for p in SPProjector(config).parameters()) * 4 / 2**20
+    assert budget.idle_mib(config, "float32") == pytest.approx(weights + 500)
+    assert budget.idle_mib(config, "bfloat16") == pytest.approx(weights / 2 + 500)
+    forward = budget.running_mib(config, "float32", 1, False)
+    assert budget.running_mib(config, "float32", 1, False, compiled=True) == forward
+    assert budget.running_mib(config, "float32", 1, True) == pytest.approx(forward + weights)
+    assert budget.running_mib(config, "float32", 1, True, compiled=True) == pytest.approx(forward + 2 * weights)
+
+
 def test_a_heat_keeps_ours_and_gives_the_others_back(monkeypatch):
     monkeypatch.setattr(run, "heats_of", lambda *_: [("fast", "reference"), ("fast", "linear")])
-    built = []
-    original = LocalWorker.ask
-    monkeypatch.setattr(
-        LocalWorker,
-        "ask",
-        lambda self, q, *a: (built.append((self.name, q)) if q in ("build", "forget") else None, original(self, q, *a))[
-            1
-        ],
-    )
+    asked = watch(monkeypatch)
     records, *_ = measure(cases_of(directions=("both",)), ["fast", "reference", "linear"])
-    assert built == [("exact", "build"), ("exact", "forget"), ("fast", "build"), ("reference", "build"), ("exact", "forget"),
+    built = [entry for entry in asked if entry[1] in ("build", "forget")]
+    assert built == [("exact", "build"), ("exact", "forget"), ("reference", "build"), ("fast", "build"), ("exact", "forget"),
                      ("reference", "forget"), ("linear", "build")]  # fmt: skip
     assert [(r.implementation, r.heat) for r in records] == [("fast", 0), ("reference", 0), ("fast", 1), ("linear", 1)]
     assert all(r.withheld is None for r in records)
+
+
+def watch(monkeypatch, answers=None):
+    """Every question asked of a worker; ``answers`` maps (name, question) to what is answered, or raised, instead."""
+    asked, answers = [], answers or {}
+    original = LocalWorker.ask
+
+    def ask(self, question, *arguments):
+        asked.append((self.name, question))
+        answer = answers.get((self.name, question), answers.get(question))
+        if isinstance(answer, Exception):
+            raise answer
+        return original(self, question, *arguments) if answer is None else answer
+
+    monkeypatch.setattr(LocalWorker, "ask", ask)
+    return asked
+
+
+def test_what_does_not_fit_is_withheld_and_the_rest_measured(monkeypatch):
+    small_cases, large = cases_of(), cases_of("pool-dfi")
+    fits = heats_of(list(small_cases), ("fast", "reference"), "cpu")
+
+    def heats(cases, *_):
+        if cases[0].variant == "pool-dfi":
+            raise ResourceError("too large")
+        return fits
+
+    monkeypatch.setattr(run, "heats_of", heats)
+    records, *_ = measure((*large, *small_cases), ["fast", "reference"])
+    assert [(r.variant, r.withheld) for r in records] == [("pool-dfi", "too large")] * 2 + [("crop-dfi", None)] * 2
+    with pytest.raises(ResourceError, match="too large"):
+        measure(large, ["fast", "reference"])
+
+
+def test_a_process_that_died_is_replaced_for_the_next_case(monkeypatch):
+    died = []
+    original = LocalWorker.ask
+
+    def ask(self, question, *arguments):
+        if (self.name, question) == ("linear", "time") and not died:
+            died.append(self)
+            self.alive = False
+            raise ResourceError("the linear process died")
+        return original(self, question, *arguments)
+
+    monkeypatch.setattr(LocalWorker, "ask", ask)
+    records, *_ = measure(cases_of(batches=(1, 2)), ["fast", "reference", "linear"], turns=1)
+    found = {(r.implementation, r.batch): r.withheld for r in records}
+    assert found["linear", 1] == "the linear process died"
+    assert found["linear", 2] is None is found["fast", 1]
+
+
+@pytest.mark.parametrize("question", ["memory", "energy"])
+def test_a_missing_instrument_costs_no_time(monkeypatch, question):
+    """A sandbox without /proc, a driver that fails: the time stands, and the record says what is missing."""
+    watch(monkeypatch, {question: RuntimeError("no instrument")})
+    records, *_ = measure(cases_of(), ["fast", "reference"])
+    assert all(r.ms_p50 > 0 and r.withheld is None and "no instrument" in r.note for r in records)
+    assert all((r.peak_mib is None) is (question == "memory") for r in records)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_graphs_for_all_or_for_none(monkeypatch, captured):
+    """One implementation that cannot be captured puts everyone on events."""
+    asked = []
+    answers = {("fast", "capture"): True, ("reference", "capture"): captured}
+
+    def time_of(self, question, *arguments):
+        asked.append((self.name, question, arguments[-1] if question == "time" else None))
+        return answers.get((self.name, question)) if question == "capture" else original(self, question, *arguments)
+
+    original = LocalWorker.ask
+    monkeypatch.setattr(LocalWorker, "ask", time_of)
+    measure(cases_of(), ["fast", "reference"], turns=1)
+    assert [entry[2] for entry in asked if entry[1] == "time"] == [captured] * 2
 
 
 def test_the_deadline_leaves_whole_cases():
@@ -249,13 +334,8 @@ def test_interrupted_between_turns_keeps_finished_rows(monkeypatch):
 
     monkeypatch.setattr(LocalWorker, "ask", ask)
     records = []
-    bench = Bench(
-        Plan(cases_of(batches=(1, 2)), ("fast", "reference"), turns=1),
-        PEAKS,
-        {},
-        records.append,
-        Progress(0, lambda *_: None),
-    )
+    plan = Plan(cases_of(batches=(1, 2)), ("fast", "reference"), turns=1)
+    bench = Bench(plan, PEAKS, blank_record(plan, {}), records.append, Progress(0, lambda *_: None))
     with contextlib.suppress(KeyboardInterrupt):
         bench.run()
     assert {(r.batch, r.implementation) for r in records} == {(1, "fast"), (1, "reference")}
@@ -280,7 +360,7 @@ def test_cudnn_is_told_what_each_baseline_wants(monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", not wanted)
         worker = LocalWorker(name, 1)
         case = cases_of()[0]
-        job = run.ProjectorJob(name, case.config, torch.float32, "cpu", 0, None)
+        job = ProjectorJob(name, case.config, torch.float32, "cpu", 0, None)
         worker.build(job)
         assert torch.backends.cudnn.benchmark is wanted
 
@@ -289,7 +369,7 @@ def test_baselines_hold_the_weights_their_names_say():
     case = cases_of()[0]
     built = {}
     for name in ("channels_last", "linear", "matmul", "reference"):
-        worker = LocalWorker(name, 1).build(run.ProjectorJob(name, case.config, torch.float32, "cpu", 0, None))
+        worker = LocalWorker(name, 1).build(ProjectorJob(name, case.config, torch.float32, "cpu", 0, None))
         built[name] = worker._served.subject.module.conv_CM.weight
     c, d = case.config.vision_width, case.config.spatial_width
     assert built["reference"].is_contiguous()
@@ -319,9 +399,7 @@ def test_fast_stages_are_the_projectors_own(variant):
     """Spatial features, detail maps and spatial tokens as intermediates() has them."""
     config = small(variant)
     case = Case(variant, config, "whole", "forward", 2, "float32")
-    subject = (
-        LocalWorker("fast", 1).build(run.ProjectorJob("fast", config, torch.float32, "cpu", 0, None))._served.subject
-    )
+    subject = LocalWorker("fast", 1).build(ProjectorJob("fast", config, torch.float32, "cpu", 0, None))._served.subject
     fast, projector = subject._implementation, subject.module
     assert isinstance(projector, SPProjector)
     (x,) = case.inputs(0, torch.device("cpu"))

@@ -93,14 +93,16 @@ def test_installed_verify_starts_its_workers(installed, tmp_path):
     code = """
 from pathlib import Path
 import torch
-from safetensors.torch import save_file
 from sp_fast import SPProjectorConfig
-from sp_fast.bench.worker import Job, Worker
+from sp_fast.bench.cases import Case
+from sp_fast.bench.subject import ProjectorJob
+from sp_fast.bench.worker import Worker
 if __name__ == "__main__":
     config = SPProjectorConfig(vision_width=4, spatial_width=4, text_width=4)
-    save_file({"patch_features": torch.randn(1, 576, 4)}, "features.safetensors")
-    with Worker(Job("fast", config, None, torch.float32, "cpu", 1, 0, Path("."))) as worker:
-        print("ms", worker.ask("time_ms", "forward"))
+    with Worker("fast", threads=1) as worker:
+        worker.build(ProjectorJob("fast", config, torch.float32, "cpu", 0, Path(".")))
+        case = Case("x", config, "whole", "forward", 1, "float32")
+        print("ms", worker.ask("time", case, 0.0, 1).ms[0])
 """
     (tmp_path / "use.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(installed)}
