@@ -159,9 +159,10 @@ class Linear(Reference):
 
     def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
         super().__init__(config, weights, device)
-        self._flat = {f"{name}.weight": self._flatten(conv) for name, conv in _convolutions(self.module).items()}
-        for key, flat in self._flat.items():
-            self.module.set_submodule(key.removesuffix(".weight"), flat)
+        self._flat: dict[str, _FlatConv] = {}
+        for name in list(_convolutions(self.module)):  # one at a time: no second copy of all weights
+            self._flat[f"{name}.weight"] = self._flatten(self.module.get_submodule(name))
+            self.module.set_submodule(name, self._flat[f"{name}.weight"])
 
     def gradient(self, key: str) -> Tensor:
         gradient = super().gradient(key)

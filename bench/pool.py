@@ -14,6 +14,8 @@ from sp_fast.bench.subject import ProjectorJob
 from sp_fast.bench.worker import Worker
 from sp_fast.errors import ResourceError
 
+SHARE = 0.9  # of the free memory; the rest is the system's
+
 
 class Pool:
     """Processes by name, reused from one set of weights to the next: starting one costs seconds."""
@@ -53,7 +55,7 @@ def heats_of(cases: list[Case], implementations: tuple[str, ...], device: str) -
     backward = any(case.direction != "forward" for case in cases)
     batch = max(case.batch for case in cases)
     arguments = (first.config, first.dtype, batch, backward)
-    available, idle = available_mib(torch.device(device)), budget.idle_mib(first.config, first.dtype)
+    available, idle = SHARE * available_mib(torch.device(device)), budget.idle_mib(first.config, first.dtype)
     running = budget.running_mib(*arguments, compiled="compiled" in implementations)
     others = [name for name in implementations if name != OURS]
     if YARDSTICK not in others:

@@ -148,7 +148,7 @@ class Bench:
         for turn in range(self.plan.turns):
             self.progress.step(f"{case.key}: turn {turn + 1} of {self.plan.turns}")
             turns.append(each("time", self.plan.turn_seconds, self.plan.turn_runs, graph))
-        energy = each("energy", ENERGY_SECONDS) if case.stage == "whole" else {}
+        energy = each("energy", ENERGY_SECONDS, graph) if case.stage == "whole" else {}
         for name, record in taking_part.items():
             times = [turn[name] for turn in turns]
             self.add(self._measured(case, record, memory[name], times, energy.get(name, Energy())))

@@ -103,13 +103,16 @@ class CudaTimer:
         self._captured = (key, graph)
         return graph is not None
 
+    def replay(self, key: str) -> Run:
+        """The captured graph of a case. Raises RuntimeError where there is none."""
+        kept, graph = self._captured
+        if kept != key or graph is None:
+            raise RuntimeError(f"{key} was not captured")
+        return Run(graph.replay)
+
     def time(self, key: str, run: Run, seconds: float, most: int, graph: bool = False) -> Times:
         """As many runs as fit into ``seconds``, at least three and at most ``most``; with ``graph``, replays of it."""
-        if graph:
-            kept, captured = self._captured
-            if kept != key or captured is None:
-                raise RuntimeError(f"{key} was not captured")
-            run = Run(captured.replay)
+        run = self.replay(key) if graph else run
         if self._flush is None:
             cache = torch.cuda.get_device_properties(self._device).L2_cache_size
             self._flush = torch.zeros(max(2 * cache, 2**26), dtype=torch.uint8, device=self._device)

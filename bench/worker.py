@@ -189,6 +189,6 @@ class Served:
         forward = subject.forward(case)
         return measure_memory(subject.module, subject.inputs(case), subject.run(case), forward, case.direction)
 
-    def energy(self, case: Any, seconds: float) -> Energy:
-        """A run's, over about ``seconds``."""
-        return self._meter.measure(self.subject.run(case), seconds)
+    def energy(self, case: Any, seconds: float, graph: bool = False) -> Energy:
+        """A run's, over about ``seconds``; of what ``time`` has timed."""
+        return self._meter.measure(self._timer.replay(case.key) if graph else self.subject.run(case), seconds)

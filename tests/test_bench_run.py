@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.bench_helpers import LocalWorker
 from tests.helpers import ALL_VARIANTS, small
 
 PEAKS = Peaks(20.0, 22.0, {"float32": 0.1, "bfloat16": 0.1, "float16": 0.1})
-EAGER = ("fast", "reference", "channels_last", "linear", "matmul")
+EAGER = ("fast", *(name for name in baselines_on(torch.device("cpu")) if name != "compiled"))
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +208,7 @@ def test_heats_follow_memory(monkeypatch):
     running = budget.running_mib(cases[0].config, "float32", 1, False)
 
     def heats(processes, names=EAGER):
-        monkeypatch.setattr(pool, "available_mib", lambda _: processes * idle + running + 1)
+        monkeypatch.setattr(pool, "available_mib", lambda _: (processes * idle + running + 1) / pool.SHARE)
         return heats_of(cases, names, "cpu")
 
     assert heats(10) == [EAGER]
@@ -383,6 +384,25 @@ def test_baselines_hold_the_weights_their_names_say():
         built["linear"].view(d, 16, 16, c).permute(0, 3, 1, 2), built["reference"], rtol=0, atol=0
     )
     torch.testing.assert_close(built["matmul"].t(), built["linear"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "matmul", "channels_last"])
+def test_a_baseline_never_holds_its_weights_twice(name, monkeypatch):
+    """Convolutions are replaced one by one: at most one of them is there in both forms."""
+    live, most = weakref.WeakSet(), []
+    flat, init = implementations._FlatConv.__init__, torch.nn.Conv2d.__init__
+
+    def made(self, *arguments, **named):
+        init(self, *arguments, **named)
+        live.add(self)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "__init__", made)
+    monkeypatch.setattr(
+        implementations._FlatConv, "__init__", lambda self, *a, **n: most.append(len(live)) or flat(self, *a, **n)
+    )
+    case = cases_of()[0]
+    LocalWorker(name, 1).build(ProjectorJob(name, case.config, torch.float32, "cpu", 0, None))
+    assert most == ([] if name == "channels_last" else [7, 6, 5, 4, 3, 2, 1])
 
 
 def test_compiled_is_compiled(monkeypatch):
