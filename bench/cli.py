@@ -115,7 +115,8 @@ def gpu(
         Path, typer.Option(help="Folder of result files, one a part. A second run goes on where it stopped.")
     ],
     part: Annotated[
-        list[str] | None, typer.Option(help="baselines, accuracy, stages, variants. Default: all. Repeatable.")
+        list[str] | None,
+        typer.Option(help="baselines, accuracy, projector (by stage), variants. Default: all. Repeatable."),
     ] = None,
     device: DeviceOption = "cuda",
     threads: ThreadsOption = None,

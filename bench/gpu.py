@@ -86,8 +86,8 @@ def _baselines(setting: Setting) -> Part:
     return tuple(cases), implementations(setting.device, ()), TURNS
 
 
-def _stages(setting: Setting) -> Part:
-    """Where the time goes."""
+def _projector(setting: Setting) -> Part:
+    """Where the time goes: the projector stage by stage."""
     return (
         tuple(_timed_cases(setting, HEADLINE, STAGES[1:], (1, 32), (1, 32))),
         implementations(setting.device, ()),
@@ -115,6 +115,6 @@ def _accuracy(setting: Setting) -> Part:
 PARTS: dict[str, Callable[[Setting], Part]] = {
     "baselines": _baselines,
     "accuracy": _accuracy,
-    "stages": _stages,
+    "projector": _projector,
     "variants": _variants,
 }

@@ -36,7 +36,7 @@ def measure_memory(
     device = inputs[0].device
     saved = saved_bytes([*module.parameters(), *inputs], forward) if trains else 0
     run.before()
-    _collect(device)
+    release(device)
     before = current_mib(device)
     reset_peak(device)
     result = run.timed()
@@ -53,26 +53,26 @@ def measure_memory(
 def saved_bytes(known: Iterable[Tensor], forward: Callable[[], object]) -> int:
     """Bytes that autograd keeps between forward and backward, each storage once; what is ``known`` does not count."""
     own = {t.untyped_storage().data_ptr() for t in known}
-    storages: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        """Holds the storage, so that its address stays its own. The graph gets nothing back: a tensor that was returned
+        here would keep the node that made it alive, and with it everything before, for ever."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            storages[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()
-    del kept
-    return sum(storages.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+        forward()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _unique_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _collect(device: torch.device) -> None:
-    """Gives back what is no longer used, so that the next peak is of one run."""
+def release(device: torch.device) -> None:
+    """Gives back what is no longer used: to the device, or to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sp_fast.bench.energy import Energy, Meter
-from sp_fast.bench.memory import Memory, measure_memory
+from sp_fast.bench.memory import Memory, measure_memory, release
 from sp_fast.bench.roofline import Peaks, measure_peaks
 from sp_fast.bench.timing import TIMERS, Run, Times
 from sp_fast.errors import ResourceError, SPFastError
@@ -170,9 +171,9 @@ class Served:
     def forget(self) -> None:
         """Gives the subject's memory back."""
         self.subject = self._timer = None
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if "torch._dynamo" in sys.modules:  # compiled code holds on to what it was compiled for
+            torch.compiler.reset()
+        release(torch.device("cuda") if torch.cuda.is_initialized() else torch.device("cpu"))
 
     def capture(self, case: Any) -> bool:
         """Whether the case can be replayed as a graph; it is kept for ``time`` and ``energy``."""

@@ -1,5 +1,7 @@
 """Shared by all tests: two threads, fixed seeds, and uninitialised memory poisoned with NaN."""
 
+import gc
+
 import pytest
 import torch
 
@@ -18,3 +20,15 @@ def poisoned():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def local_workers(monkeypatch):
+    """The benchmark's workers in this process, with memory for all of them: faults can be planted."""
+    from sp_fast.bench import execute, pool
+    from tests.bench_helpers import LocalWorker
+
+    for module in (pool, execute):
+        monkeypatch.setattr(module, "Worker", LocalWorker)
+    monkeypatch.setattr(pool, "available_mib", lambda _: 1e6)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # a fifth of a second in a process as full as pytest's

@@ -1,6 +1,5 @@
 """`sp-fast bench` as a user runs it: whole commands, some with real processes, some with the workers in this one."""
 
-import gc
 import json
 import os
 import signal
@@ -14,12 +13,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sp_fast.bench import execute, gpu, pool, worker
+from sp_fast.bench import gpu, pool, worker
 from sp_fast.bench.gpu import PARTS, Setting, part_plan
 from sp_fast.bench.record import Sink, read_records
 from sp_fast.bench.roofline import Peaks
 from sp_fast.cli import app
-from tests.bench_helpers import LocalWorker, record
+from tests.bench_helpers import record
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["projector", "--tiny", "--threads", "1", "--turns", "1", "--device", "cpu"]
@@ -30,14 +29,10 @@ def bench(*arguments):
 
 
 @pytest.fixture
-def local(monkeypatch):
+def local(monkeypatch, local_workers):
     """No processes, no peaks to wait for, eager everything."""
-    monkeypatch.setattr(pool, "Worker", LocalWorker)
-    monkeypatch.setattr(pool, "available_mib", lambda _: 1e6)
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # a fifth of a second in a process as full as pytest's
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
     rates = dict.fromkeys(("float32", "bfloat16", "float16"), 0.1)
-    monkeypatch.setattr(execute, "Worker", LocalWorker)
     monkeypatch.setattr(worker, "measure_peaks", lambda *_: Peaks(20.0, 22.0, rates))
 
 
@@ -113,7 +108,7 @@ def test_the_gpu_command_is_rehearsed(local, tmp_path):
         "matmul",
         "compiled",
     }
-    assert {r.stage for r in read_records(tmp_path / "out" / "stages.jsonl")} == {"spatial", "detail", "tail", "mlp"}
+    assert {r.stage for r in read_records(tmp_path / "out" / "projector.jsonl")} == {"spatial", "detail", "tail", "mlp"}
     assert {r.variant for r in read_records(tmp_path / "out" / "variants.jsonl")} == {"pool", "pool-dfi"}
     judged = read_records(tmp_path / "out" / "accuracy.jsonl")
     assert {r.dtype for r in judged} == {"float32", "bfloat16", "float16"}
@@ -162,7 +157,7 @@ def test_the_gpu_parts_are_what_performance_is_judged_by(tmp_path):
     assert {(c.dtype, c.stage, c.config.vision_width, c.config.spatial_width) for c in plan.cases} == {
         ("bfloat16", "whole", 1024, 512)
     }
-    for part in ("baselines", "stages", "variants"):
+    for part in ("baselines", "projector", "variants"):
         plan = part_plan(part, setting, found)
         assert len(plan.implementations) == 8
         assert plan.deadline - time.monotonic() + plan.patience / 2 <= 480

@@ -1,8 +1,10 @@
 """The clocks: what they add to what they measure, what is timed and what is not, and CUDA's on a stand-in."""
 
+import gc
 import statistics
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,6 +252,19 @@ def test_saved_activations_are_counted_by_storage():
     assert saved_bytes(linear.parameters(), lambda: linear(x).exp().sum()) == (4 * 16 + 4 * 8) * 4
     twice = lambda: (y := linear(x).exp(), y[:2] * y[:2])  # noqa: E731, views of one storage
     assert saved_bytes([*linear.parameters(), x], twice) == 4 * 16 * 4
+
+
+def test_counting_saved_activations_leaves_nothing_behind():
+    """Softmax saves its own result: handed back by a hook, it would hold the graph that holds it."""
+
+    def counted():
+        linear, x = nn.Linear(8, 16), torch.randn(4, 8)
+        assert saved_bytes([*linear.parameters(), x], lambda: linear(x).softmax(-1).sum()) == 4 * 16 * 4
+        return weakref.ref(linear.weight)
+
+    weight = counted()
+    gc.collect()
+    assert weight() is None
 
 
 def test_memory_of_a_run():

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -188,6 +189,9 @@ def test_no_gradient_outlives_its_run(tmp_path, implementation):
     for question in (("time", case, 0.0, 1), ("memory", case), ("results", case), ("intermediates", case)):
         served.answer(*question)
         assert all(p.grad is None for p in served.subject.module.parameters()), question
+    weights = [weakref.ref(p) for p in served.subject.module.parameters()]
+    served.answer("forget")
+    assert [w() for w in weights] == [None] * len(weights)
 
 
 def test_workers_stop_where_a_later_one_fails(tiny, monkeypatch):
