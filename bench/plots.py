@@ -36,7 +36,7 @@ def plot(records: list[Record], folder: Path, force: bool = False) -> list[Path]
         group = [row for row in rows if (row.any.variant, row.any.dtype) == (variant, dtype)]
         for name, draw in FIGURES.items():
             if (figure := draw(group)) is not None:
-                figure.suptitle(f"{variant}, {dtype}: {_machine(records[0])}", fontsize=10)
+                figure.suptitle(f"{variant}, {dtype}: {_machine(records)}", fontsize=10)
                 drawn[folder / f"{name}-{variant}-{dtype}"] = figure
     if not drawn:
         raise RecordError("nothing can be drawn: no record has a figure")
@@ -69,9 +69,13 @@ def check_free(paths: Iterable[Path]) -> None:
         raise RecordError(f"{there[0]} exists: choose another folder, or overwrite with --force")
 
 
-def _machine(record: Record) -> str:
-    threads = f", {record.threads} threads" if record.device == "cpu" else ""
-    return f"{record.environment.get('machine')}{threads}, commit {record.environment.get('commit')}"
+def _machine(records: list[Record]) -> str:
+    """Machine and commits, each once."""
+    first = records[0]
+    threads = f", {first.threads} threads" if first.device == "cpu" else ""
+    machines = dict.fromkeys(str(r.environment.get("machine")) for r in records)
+    commits = dict.fromkeys(str(r.environment.get("commit")) for r in records)
+    return f"{', '.join(machines)}{threads}, commit {', '.join(commits)}"
 
 
 def latency(rows: list[Row]) -> Figure | None:
