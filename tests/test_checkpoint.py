@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from sp_fast import CheckpointError, SPProjector, SPProjectorConfig
-from sp_fast.bench.process_memory import status_mib
+from sp_fast.bench.memory import status_mib
 from sp_fast.checkpoint import inspect_official
 from tests.helpers import (
     OFFICIAL_VARIANTS,
