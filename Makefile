@@ -17,19 +17,31 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/installed
 endif
 
-.PHONY: demo test bench campaign lint clean
+.PHONY: demo test test-host test-kernels test-gpu bench campaign lint clean
 
 demo: $(SETUP)
 	$(RUN) -m sp_fast verify
 
+# Two processes side by side: triton decides at its import whether kernels are interpreted.
 test: $(SETUP) $(if $(NO_VENV),,lint)
-	$(RUN) -m pytest -m "not campaign" $(ARGS)
+	@$(MAKE) --no-print-directory -j 2 --output-sync=line test-host test-kernels
+
+test-host:
+	$(RUN) -m pytest -m "not campaign and not gpu" $(ARGS)
+
+test-kernels:
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter -m "not campaign" $(ARGS)
+
+# Needs only a checkout and a python with torch, triton and pytest.
+test-gpu:
+	PYTHONPATH=. $(if $(NO_VENV),$(PYTHON),$(if $(wildcard $(VENV)/installed),$(RUN),$(PYTHON))) -m pytest tests/test_gpu.py -m gpu $(ARGS)
 
 bench: $(SETUP)
 	$(RUN) -m pytest tests/bench_projector.py --benchmark-only $(ARGS)
 
 campaign: $(SETUP)
 	$(RUN) -m pytest -m campaign -s --timeout 0 $(ARGS)
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter -m campaign -s --timeout 0 $(ARGS)
 
 lint: $(SETUP)
 	$(RUN) -m ruff check .

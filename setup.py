@@ -31,6 +31,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=package_dir,
+    package_data={"sp_fast.kernels": ["*.json"]},
     entry_points={"console_scripts": ["sp-fast = sp_fast.cli:app"]},
     install_requires=[
         "torch>=2.11",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import enum
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
+
+from sp_fast.bench.command import run
+from sp_fast.bench.kernel_cli import static, tune
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,6 +33,10 @@ PlotOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: every core.")]
+
+
+app.command()(static)
+app.command()(tune)
 
 
 @app.callback()
@@ -106,7 +112,7 @@ def projector(
         _show(outcome.records, _format(format_, as_json), plot, force, console)
         return outcome.code
 
-    _run("projector", command)
+    run("projector", command)
 
 
 @app.command()
@@ -158,7 +164,7 @@ def gpu(
                 break
         return code
 
-    _run("gpu", command)
+    run("gpu", command)
 
 
 @app.command()
@@ -177,7 +183,7 @@ def show(
         _show(read_records(results), _format(format_, as_json), plot, force, console)
         return 0
 
-    _run("show", command)
+    run("show", command)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -211,24 +217,7 @@ def compare(
         sys.stdout.write(CHANGE_FORMATS[_format(format_, as_json)](found))
         return int(any(change.verdict in BAD for change in found))
 
-    _run("compare", command, failed=2)
-
-
-def _run(name: str, command: Callable[[Any], int], failed: int = 1) -> NoReturn:
-    """Runs a command's body; the package's own errors become one line and an exit code."""
-    from rich.console import Console
-
-    from sp_fast.errors import SPFastError
-
-    console = Console(stderr=True)
-    try:
-        code = command(console)
-    except SPFastError as error:
-        console.print(f"sp-fast bench {name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        code = failed
-    except KeyboardInterrupt:
-        code = 130
-    raise typer.Exit(code)
+    run("compare", command, failed=2)
 
 
 def _show(records: list, format_: str, plot: Path | None, force: bool, console: Any) -> None:

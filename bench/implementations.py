@@ -45,9 +45,6 @@ class Implementation:
     def whole(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         return (self.module(patch_features),)
 
-    def tail(self, z_small: Tensor, *z_big: Tensor) -> tuple[Tensor, ...]:
-        return (self.module.integrate(z_small, z_big)[0],)
-
 
 class Fast(Implementation):
     """The projector of this package."""
@@ -72,18 +69,22 @@ class Fast(Implementation):
         return entry.view(self.module.get_parameter(entry.ours).grad)
 
     def spatial(self, patch_features: Tensor) -> tuple[Tensor, ...]:
-        extractor, config = self.module.extractor, self.module.config
+        extractor, config, backend = self.module.extractor, self.module.config, self.module.backend.name
         if config.extractor == "transformer":
-            return (extractor(patch_features)[0],)
+            return (extractor(patch_features),)
         levels = geometry.pooled_levels(config)
-        rows = pooled_rows(patch_features, config.grid, geometry.map_origin(config), config.map_size, levels)
-        z = windowed_matmul(rows, [extractor.spatial_weight], self._spatial)
+        rows = pooled_rows(patch_features, config.grid, geometry.map_origin(config), config.map_size, levels, backend)
+        z = windowed_matmul(rows, [extractor.spatial_weight], self._spatial, backend)
         return (finite_where("spatial", z, config),)
 
     def detail(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         config = self.module.config
-        z = windowed_matmul(patch_features, [self.module.extractor.detail_weight], self._detail)
+        weights, backend = [self.module.extractor.detail_weight], self.module.backend.name
+        z = windowed_matmul(patch_features, weights, self._detail, backend)
         return finite_where("detail", z, config).split([side * side for side in config.detail_sides], dim=1)
+
+    def tail(self, z_small: Tensor, *z_big: Tensor) -> tuple[Tensor, ...]:
+        return (self.module.integrate(torch.cat([z_small, *z_big], dim=1))[0],)
 
     def mlp(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         return (self.module.patch_mlp(patch_features),)
@@ -120,6 +121,9 @@ class Reference(Implementation):
 
     def detail(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         return self.module.detail_maps(patch_features)
+
+    def tail(self, z_small: Tensor, *z_big: Tensor) -> tuple[Tensor, ...]:
+        return (self.module.integrate(z_small, z_big)[0],)
 
     def mlp(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         return (self.module.mm_projector(patch_features),)

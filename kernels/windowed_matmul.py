@@ -11,22 +11,28 @@ weight ``[cells, C, D]`` is read once, in place, and its gradient is written onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sp_fast.kernels.autocast import autocast_tensors, no_autocast
 from sp_fast.kernels.window import Window, decode_windows
+from sp_fast.kernels.windowed_matmul_torch import (
+    windowed_matmul_drows_torch,
+    windowed_matmul_dweight_torch,
+    windowed_matmul_torch,
+)
 
 
-def windowed_matmul(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int]) -> Tensor:
+def windowed_matmul(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int], backend: str = "torch") -> Tensor:
     """Every window's product, in one differentiable call.
 
     Args:
         rows: ``[B, R, C]``, R the rows of an image; any strides.
         weights: packed weights ``[cells, C, D]``, of one dtype and device with ``rows``.
         windows: integers of ``encode_windows``.
+        backend: "torch" or "triton", for the forward; gradients take the torch path.
     Returns:
         ``[B, O, D]``: the outputs of all windows, in their order.
     Raises:
@@ -38,7 +44,7 @@ def windowed_matmul(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[i
     rows, *weights = autocast_tensors(rows, *weights)
     _check(rows, weights, decode_windows(windows))
     with no_autocast(rows):
-        return _forward_op(rows, list(weights), list(windows))
+        return _forward_op(rows, list(weights), list(windows), backend)
 
 
 def _check(rows: Tensor, weights: Sequence[Tensor], windows: list[Window]) -> None:
@@ -64,113 +70,21 @@ def _check(rows: Tensor, weights: Sequence[Tensor], windows: list[Window]) -> No
             raise ValueError(f"{w} leaves the {rows.shape[1]} rows: it reads row {w.last_source}")
 
 
-# The torch path. A window is walked row by row, every cell a product of its own. On a CPU that is faster than one thin
-# product with K = 589,824, and more exact: each sum has C terms before the cells are added up.
-
-
-COLUMNS_BYTES = 64 * 2**20  # of im2col at a time, in half precision
-
-
-def windowed_matmul_torch(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
-    """The forward by matrix products; accumulates as torch's matmul does."""
-    rows = _dense_rows(rows)
-    return torch.cat([_window_product(rows, weights[w.weight], w) for w in windows], dim=1)
-
-
-def windowed_matmul_dweight_torch(
-    grad: Tensor, rows: Tensor, cells: Sequence[int], windows: Sequence[Window]
-) -> list[Tensor]:
-    """The weights' gradients, each ``[cells, C, D]`` in one buffer; ``cells`` of 0 skips a weight."""
-    rows = _dense_rows(rows)
-    # Cells that no window meets have zero gradient. A projector's windows meet every cell: nothing is written twice.
-    met = [sum(w.cells for w in windows if w.weight == i) for i in range(len(cells))]
-    shape = (rows.shape[2], grad.shape[2])
-    grads = [(rows.new_empty if met[i] == n else rows.new_zeros)((n, *shape)) for i, n in enumerate(cells)]
-    for w, dout in zip(windows, _split(grad, windows), strict=True):
-        if cells[w.weight]:
-            for cell, operand in _row_operands(rows, w):
-                out = grads[w.weight][cell : cell + w.width]
-                torch.bmm(operand.transpose(1, 2), dout.expand(w.width, -1, -1), out=out)
-    return grads
-
-
-def windowed_matmul_drows_torch(
-    grad: Tensor, rows: Tensor, weights: Sequence[Tensor], windows: Sequence[Window]
-) -> Tensor:
-    """The rows' gradient ``[B, R, C]``, summed in at least float32 where windows overlap."""
-    batch, _, width = rows.shape
-    total = rows.new_zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32))
-    for w, dout in zip(windows, _split(grad, windows), strict=True):
-        for down in range(w.height):
-            cell = w.cell + down * w.width
-            part = dout @ weights[w.weight][cell : cell + w.width].flatten(0, 1).t()
-            part = part.view(batch, w.outputs, w.width, width)
-            for output in range(w.outputs):
-                start = w.source(output, down * w.width)
-                total[:, start : start + w.width] += part[:, output]
-    return total.to(rows.dtype)
-
-
-def _window_product(rows: Tensor, weight: Tensor, w: Window) -> Tensor:
-    """One window's outputs ``[B, outputs, D]``."""
-    batch, depth = rows.shape[0], weight.shape[2]
-    if _has_half_products(rows):  # partial sums would each be rounded: one product, which sums in float32
-        images = max(1, COLUMNS_BYTES // (w.outputs * w.cells * rows.shape[2] * rows.dtype.itemsize))
-        matrix = weight[w.cell : w.cell + w.cells].flatten(0, 1)
-        products = [_columns(part, w) @ matrix for part in rows.split(images)]
-        return torch.cat(products).view(batch, w.outputs, depth)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    out = rows.new_zeros(batch * w.outputs, depth, dtype=wide)
-    for cell, operand in _row_operands(rows, w):
-        out += torch.bmm(operand.to(wide), weight[cell : cell + w.width].to(wide)).sum(0)
-    return out.view(batch, w.outputs, depth).to(rows.dtype)
-
-
-def _has_half_products(rows: Tensor) -> bool:
-    """True for half precision that the device multiplies natively; float16 on a CPU is faster widened by the row."""
-    return rows.dtype == torch.bfloat16 or (rows.dtype == torch.float16 and rows.device.type != "cpu")
-
-
-def _columns(rows: Tensor, w: Window) -> Tensor:
-    """im2col: what all cells of a window read, ``[B * outputs, cells * C]``."""
-    columns = rows.new_empty(rows.shape[0] * w.outputs, w.cells, rows.shape[2])
-    for cell, operand in _row_operands(rows, w):
-        first = cell - w.cell
-        columns[:, first : first + w.width] = operand.transpose(0, 1)
-    return columns.flatten(1)
-
-
-def _row_operands(rows: Tensor, w: Window) -> Iterator[tuple[int, Tensor]]:
-    """For each window row: its first weight cell, and the rows that its cells read, ``[width, B * outputs, C]``.
-
-    A view for a single output; overlapping outputs take a copy, of one window row.
-    """
-    batch, width = rows.shape[0], rows.shape[2]
-    size = (w.width, batch, w.out_height, w.out_width, width)
-    stride = (width, rows.stride(0), w.step * w.row_stride * width, w.step * width, 1)
-    for down in range(w.height):
-        offset = rows.storage_offset() + w.source(0, down * w.width) * width
-        operand = rows.as_strided(size, stride, offset).reshape(w.width, batch * w.outputs, width)
-        yield w.cell + down * w.width, operand
-
-
-def _dense_rows(rows: Tensor) -> Tensor:
-    """Rows whose channels and rows are contiguous; a batch stride of its own (a cut-off CLS token) is kept."""
-    dense = rows.stride(2) == 1 and rows.stride(1) == rows.shape[2]
-    return rows if dense else rows.contiguous()
-
-
-def _split(grad: Tensor, windows: Sequence[Window]) -> list[Tensor]:
-    """The output gradient by window, each ``[B * outputs, D]``."""
-    return [part.flatten(0, 1) for part in grad.split([w.outputs for w in windows], dim=1)]
-
-
 # Registration: opaque to torch.compile, with shapes for tracing and a gradient that is computed only where asked for.
 
 
 @torch.library.custom_op("sp_fast::windowed_matmul", mutates_args=())
-def _forward_op(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int]) -> Tensor:
-    return windowed_matmul_torch(rows, weights, decode_windows(windows))
+def _forward_op(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int], backend: str) -> Tensor:
+    return _FORWARDS[backend](rows, weights, decode_windows(windows))
+
+
+def _forward_triton(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
+    from sp_fast.kernels.windowed_matmul_triton import windowed_matmul_triton
+
+    return windowed_matmul_triton(rows, weights, windows)
+
+
+_FORWARDS = {"torch": windowed_matmul_torch, "triton": _forward_triton}
 
 
 @torch.library.custom_op("sp_fast::windowed_matmul_dweight", mutates_args=())
@@ -184,7 +98,7 @@ def _drows_op(grad: Tensor, rows: Tensor, weights: Sequence[Tensor], windows: Se
 
 
 @_forward_op.register_fake
-def _(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int]) -> Tensor:
+def _(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[int], backend: str) -> Tensor:
     outputs = sum(w.outputs for w in decode_windows(windows))
     return rows.new_empty(rows.shape[0], outputs, weights[0].shape[2])
 
@@ -200,13 +114,13 @@ def _(grad: Tensor, rows: Tensor, weights: Sequence[Tensor], windows: Sequence[i
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    rows, weights, ctx.windows = inputs
+    rows, weights, ctx.windows, _ = inputs
     ctx.save_for_backward(rows, *weights)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
     rows, *weights = ctx.saved_tensors
-    wants_rows, wants_weights, _ = ctx.needs_input_grad
+    wants_rows, wants_weights, *_ = ctx.needs_input_grad
     drows, dweights = None, [None] * len(weights)
     with no_autocast(grad):
         if any(wants_weights):
@@ -215,7 +129,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
             dweights = [dweight if wanted else None for dweight, wanted in zip(found, wants_weights, strict=True)]
         if wants_rows:
             drows = _drows_op(grad, rows, weights, ctx.windows)
-    return drows, dweights, None
+    return drows, dweights, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)

@@ -1,6 +1,6 @@
 """Spatial extractors: patch features in, spatial features and detail maps out. One interface, one class a kind.
 
-extractor(patch_features [B, N, C]) -> z_small [B, T, D], z_big: list of [B, O, D]
+extractor(patch_features [B, N, C], backend) -> z [B, T + sum of O, D]: spatial features, then each detail map
 """
 
 from __future__ import annotations
@@ -47,18 +47,15 @@ class WindowedExtractor(nn.Module):
     def _weights(self) -> list[Tensor]:
         return [weight for weight in (self.spatial_weight, self.detail_weight) if weight is not None]
 
-    def forward(self, patch_features: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
         config = self.config
-        rows = pooled_rows(patch_features, config.grid, self._origin, config.map_size, self._pooled)
-        z = windowed_matmul(rows, self._weights(), self._encoded)
-        if not config.attends:
-            return z, []
-        z_small, *z_big = z.split([config.spatial_tokens, *(side * side for side in config.detail_sides)], dim=1)
-        return z_small, z_big
+        rows = pooled_rows(patch_features, config.grid, self._origin, config.map_size, self._pooled, backend)
+        return windowed_matmul(rows, self._weights(), self._encoded, backend)
 
 
 class TransformerExtractor(nn.Module):
-    """Encoder-decoder blocks, one a level, each with one learned query (paper, Tab. 3); plain nn.Transformer.
+    """Encoder-decoder blocks, one a level, each with one learned query (paper, Tab. 3); plain nn.Transformer on
+    every backend.
 
     Pooled levels enter as the official code has them: the pooled NCHW map is reshaped to ``[B, k * k, C]`` without
     being permuted back, so channels and positions are mixed. Checkpoints were trained that way.
@@ -70,14 +67,14 @@ class TransformerExtractor(nn.Module):
         self.blocks = nn.ModuleList(transformer_block(config, **factory) for _ in config.levels)
         self.queries = nn.ParameterList(torch.zeros(1, 1, config.vision_width, **factory) for _ in config.levels)
 
-    def forward(self, patch_features: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
         grid_map = patch_features.unflatten(1, (self.config.grid, self.config.grid))
         batch = patch_features.shape[0]
         tokens = [
             block(self._source(grid_map, level), query.expand(batch, -1, -1))
             for level, (block, query) in enumerate(zip(self.blocks, self.queries, strict=True))
         ]
-        return torch.cat(tokens, dim=1), []
+        return torch.cat(tokens, dim=1)
 
     def _source(self, grid_map: Tensor, level: int) -> Tensor:
         """The level's region as a sequence ``[B, k * k, C]``."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sp_fast.config import SPProjectorConfig
 from sp_fast.layout import PARTS
 
+NORM_EPS = 1e-5
 INIT_STD = 0.02  # of linear layers, as transformers initialises them in the official training code
 
 
@@ -45,6 +46,29 @@ class DetailIntegrator(nn.Module):
             attended = [sum(attended[1:], start=attended[0])]
         return torch.cat([z_small, *attended], dim=-1), tuple(attentions)
 
+    def projections(self) -> list[Tensor]:
+        """For each detail its query, key and value: LayerNorm weight and bias, linear weight and bias."""
+        return [
+            parameter
+            for detail, value in enumerate(self.config.detail_values)
+            for norm, linear in (self.query[detail], self.key[detail], self.value[value])
+            for parameter in (norm.weight, norm.bias, linear.weight, linear.bias)
+        ]
+
+
+PLAIN = (nn.Linear, nn.LayerNorm, nn.GELU, nn.Sequential, nn.ModuleList, DetailIntegrator)
+
+
+def is_plain(projector: nn.Module) -> bool:
+    """True where every layer after the extractor is what it was built as, without hooks: only then may a fused op read
+    their parameters. An adapter around a linear layer, say, would be bypassed in silence."""
+    parts = (projector.integrator, projector.output, projector.patch_mlp)
+    modules = [module for part in parts if part is not None for module in part.modules()]
+    return all(
+        type(module) in PLAIN and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        for module in modules
+    )
+
 
 def finite_where(place: str, tensor: Tensor, config: SPProjectorConfig) -> Tensor:
     """The tensor with NaN as 0 and infinities as the largest finite numbers, where the configuration says so."""
@@ -54,7 +78,7 @@ def finite_where(place: str, tensor: Tensor, config: SPProjectorConfig) -> Tenso
 def _projection(width: int, **factory: object) -> nn.Sequential:
     linear = nn.Linear(width, width, **factory)
     init_linear(linear)
-    return nn.Sequential(nn.LayerNorm(width, **factory), linear)
+    return nn.Sequential(nn.LayerNorm(width, eps=NORM_EPS, **factory), linear)
 
 
 def init_linear(linear: nn.Linear) -> None:

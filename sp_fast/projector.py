@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sp_fast.backend import choose_backend
-from sp_fast.config import SPProjectorConfig
+from sp_fast.backend import Backend, check_backend, choose_backend
+from sp_fast.config import NAN_PLACES, SPProjectorConfig
 from sp_fast.extractors import EXTRACTORS
-from sp_fast.integrator import DetailIntegrator, finite_where, init_linear
+from sp_fast.integrator import NORM_EPS, DetailIntegrator, finite_where, init_linear, is_plain
 from sp_fast.interface import ProjectorOutput, check_dtype, check_patch_features
+from sp_fast.kernels.token_head import token_head
 
 
 class SPProjector(nn.Module):
     """Patch features of a vision tower to tokens of a language model, LLaVA-SP's way.
 
-        z_small, z_big = extractor(patch_features)            SFE, and the DFI's detail map
+        z_small, z_big = split(extractor(patch_features))     SFE, and the DFI's detail map
         fused = [z_small, attention of z_small over z_big]    DFI
         spatial tokens = Linear(GELU(fused));  patch tokens = Linear(GELU(Linear(patch_features)))
 
     Args:
         config: what to build; the default is LLaVA-SP-Cropping at its published widths.
-        backend: "auto", "torch" or "triton"; see ``backend.reason`` for what was chosen and why.
+        backend: "auto" (Triton kernels for features on an NVIDIA GPU), "torch" or "triton"; see ``backend.reason``.
         device, dtype: of the parameters, as in torch's own modules; ``device="meta"`` allocates nothing.
+
+    Raises:
+        BackendError: a backend that this machine, or in the forward these features, cannot run.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class SPProjector(nn.Module):
         config = config or SPProjectorConfig()
         factory = {"device": device, "dtype": dtype}
         self.config = config
-        self.backend = choose_backend(backend)
+        self._requested = check_backend(backend)
         self.extractor = EXTRACTORS[config.extractor](config, **factory)
         self.integrator = DetailIntegrator(config, **factory) if config.attends else None
         self.output = nn.Linear(config.fused_width, config.text_width, bias=config.spatial_bias, **factory)
@@ -65,28 +70,74 @@ class SPProjector(nn.Module):
         """
         if return_attention and not self.config.attends:
             raise ValueError("return_attention=True needs a detail integrator, but this projector has none")
-        output = self.intermediates(patch_features)
+        tokens, _, attention = self._run(patch_features)
         if not return_attention:
-            return output.tokens
-        return output.tokens, output.attention[0] if len(output.attention) == 1 else output.attention
+            return tokens
+        return tokens, attention[0] if len(attention) == 1 else attention
 
     def intermediates(self, patch_features: Tensor) -> ProjectorOutput:
         """The forward with everything that it computes on the way."""
-        check_patch_features(patch_features, self.config)
-        check_dtype(patch_features, self.output.weight)
-        z_small, z_big = self.extractor(patch_features)
-        z_small = finite_where("spatial", z_small, self.config)
-        z_big = tuple(finite_where("detail", z, self.config) for z in z_big)
-        spatial, attention = self.integrate(z_small, z_big)
-        tokens = torch.cat([spatial, self.patch_mlp(patch_features)], dim=1)
-        return ProjectorOutput(tokens, z_small, z_big, attention)
+        tokens, z, attention = self._run(patch_features)
+        return ProjectorOutput(tokens, *self._parts(z), attention)
 
-    def integrate(self, z_small: Tensor, z_big: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """DFI's attention and the output layer: spatial tokens ``[B, T, H]``, and the attention of each detail."""
+    def integrate(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """DFI's attention and the output layer, on spatial features and detail maps ``[B, T + sum of O, D]``.
+
+        Returns the spatial tokens ``[B, T, H]``, and the attention of each detail.
+        """
+        if self._backend_for(z).name == "triton" and is_plain(self):
+            return token_head(z, None, **self._head_arguments(with_patches=False))
+        z_small, z_big = self._parts(z)
         fused, attention = z_small, ()
         if self.integrator is not None:
             fused, attention = self.integrator(z_small, z_big)
         return self.output(F.gelu(fused)), attention
+
+    @property
+    def backend(self) -> Backend:
+        """What runs on features of the parameters' device and type. Raises BackendError as the forward would."""
+        return self._backend_for(next(self.extractor.parameters()))
+
+    def _backend_for(self, tensor: Tensor) -> Backend:
+        kind, dtype = tensor.device.type, tensor.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return choose_backend(self._requested, tensor.device, dtype)
+
+    def _run(self, patch_features: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Tokens, what the extractor gave, attention."""
+        check_patch_features(patch_features, self.config)
+        check_dtype(patch_features, next(self.extractor.parameters()))
+        backend = self._backend_for(patch_features).name
+        z = self.extractor(patch_features, backend)
+        if backend == "triton" and is_plain(self):
+            tokens, attention = token_head(z, patch_features, **self._head_arguments(with_patches=True))
+            return tokens, z, attention
+        spatial, attention = self.integrate(z)
+        return torch.cat([spatial, self.patch_mlp(patch_features)], dim=1), z, attention
+
+    def _parts(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Spatial features and detail maps, finite where the configuration says so."""
+        config = self.config
+        if not config.attends:
+            return finite_where("spatial", z, config), ()
+        z_small, *z_big = z.split([config.spatial_tokens, *self._detail_outputs()], dim=1)
+        return finite_where("spatial", z_small, config), tuple(finite_where("detail", z, config) for z in z_big)
+
+    def _detail_outputs(self) -> list[int]:
+        return [side * side for side in self.config.detail_sides] if self.config.attends else []
+
+    def _head_arguments(self, with_patches: bool) -> dict[str, Any]:
+        """What token_head takes beside features."""
+        return {
+            "details": self._detail_outputs(),
+            "projections": [] if self.integrator is None else self.integrator.projections(),
+            "output": (self.output.weight, self.output.bias),
+            "patch_mlp": [*self.patch_mlp[0].parameters(), *self.patch_mlp[2].parameters()] if with_patches else [],
+            "concat": self.config.detail_fusion == "concat",
+            "finite": [place in self.config.nan_to_num for place in NAN_PLACES],
+            "eps": NORM_EPS,
+        }
 
     @classmethod
     def from_official(

@@ -1,11 +1,14 @@
 """Shared by all tests: two threads, fixed seeds, and uninitialised memory poisoned with NaN."""
 
 import gc
+import os
 
 import pytest
 import torch
 
 torch.set_num_threads(2)
+# The interpreter's tests run in a process of their own: triton decides at import how it runs kernels.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Golden files of the official code, small projectors, and a reference filled with a projector's own weights."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sp_fast import ReferenceSPProjector, SPProjector, SPProjectorConfig
+from sp_fast.bench.accuracy import compare
+from sp_fast.checkpoint import official_entries
 from sp_fast.variants import OFFICIAL, VARIANTS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,6 +94,62 @@ def features_for(config, batch=2, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, config.patch_tokens, config.vision_width, generator=generator, dtype=torch.float64)
     return (x + torch.randn(config.vision_width, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def accuracy(build, dtype, seeds, batch):
+    """A projector of each seed beside the reference in its type and in float64: a comparison of every output, and of
+    every gradient by module, pooled over seeds."""
+    pools = {}
+    for seed in range(seeds):
+        projector = build(seed)
+        x = features_for(projector.config, batch, dtype, seed)
+        modules = {
+            "fast": projector,
+            "torch": reference_of(projector),
+            "exact": reference_of(copy.deepcopy(projector).double()),
+        }
+        for kind, module in modules.items():
+            features = x.detach().to(next(module.parameters()).dtype, copy=True).requires_grad_()
+            output = module.intermediates(features)
+            cotangent = torch.randn(output.tokens.shape, generator=torch.Generator().manual_seed(seed))
+            output.tokens.backward(cotangent.to(dtype).to(features.dtype))
+            found = {"spatial": output.tokens[:, : projector.config.spatial_tokens], "tokens": output.tokens}
+            found |= {"z_small": output.z_small, "input": features.grad}
+            for i, (z, attention) in enumerate(zip(output.z_big, output.attention, strict=True)):
+                found |= {f"z_big {i}": z, f"attention {i}": attention}
+            for key, gradient in official_gradients(module).items():
+                if gradient is not None:
+                    pools.setdefault(key.split(".")[0], {}).setdefault(kind, []).append(gradient.flatten())
+            for name, tensor in found.items():
+                pools.setdefault(name, {}).setdefault(kind, []).append(tensor.detach().flatten())
+    return [
+        compare(name, *(torch.cat(pool[kind]) for kind in ("fast", "torch", "exact")), dtype)
+        for name, pool in pools.items()
+    ]
+
+
+def official_gradients(module):
+    """Gradients by official key, None where there is none."""
+    if not isinstance(module, SPProjector):
+        return {name: parameter.grad for name, parameter in module.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {e.official: None if grads[e.ours] is None else e.view(grads[e.ours]) for e in official_entries(module)}
+
+
+def shrunk(variant, **overrides):
+    """A variant of the same structure on a 6x6 grid: a quarter of every side."""
+    whole = SPProjectorConfig.variant(
+        variant, **({"vision_width": 16, "spatial_width": 16} if "tfm" in variant else {})
+    )
+    quarter = lambda sides: tuple(sorted({max(1, side // 4) for side in sides}))  # noqa: E731
+    sizes = {} if whole.pyramid == "sliding" else {"kernel_sizes": quarter(whole.kernel_sizes)}
+    if whole.extractor == "transformer":
+        sizes = {"kernel_sizes": (1, 6), "transformer_layers": 1}
+    detail = {"detail_kernel": tuple(max(1, side // 4) for side in whole.detail_kernels) or None}
+    width = overrides.get("vision_width", 16) if whole.extractor == "transformer" else 8
+    widths = {"vision_width": 16, "spatial_width": width, "text_width": 24}
+    map_size = {"map_size": 6} if "map_size" in VARIANTS[variant] else {}
+    return SPProjectorConfig.variant(variant, **{"grid": 6, **sizes, **detail, **map_size, **widths, **overrides})
 
 
 ALL_VARIANTS = sorted(VARIANTS.keys() - {"crop", "crop-dfi", "pool", "pool-dfi"})

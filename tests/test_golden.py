@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from sp_fast import SPProjector
-from sp_fast.checkpoint import official_entries
-from tests.helpers import golden, golden_names, reference_of
+from tests.helpers import golden, golden_names, official_gradients, reference_of
 
 OUTPUT, GRADIENT = 1e-6, 1e-5
 VANISHED = 1e-14
@@ -66,13 +64,6 @@ def test_gradients(name, kind):
     # What is left was too large to store.
     assert all(key.startswith("conv_") for key in gradients)
     assert file.metadata["grads"] == "some" or not gradients
-
-
-def official_gradients(module):
-    if not isinstance(module, SPProjector):
-        return {name: parameter.grad for name, parameter in module.named_parameters()}
-    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
-    return {e.official: None if grads[e.ours] is None else e.view(grads[e.ours]) for e in official_entries(module)}
 
 
 @pytest.mark.parametrize("name", golden_names(anyres=True))

@@ -77,6 +77,7 @@ def test_the_installed_package_is_whole_and_keeps_to_itself(installed, tmp_path)
     assert {p.name for p in installed.iterdir() if p.is_dir()} >= {"sp_fast", "bin"}
     assert not (installed / "kernels").exists()
     assert not (installed / "bench").exists()
+    assert (installed / "sp_fast" / "kernels" / "launch_table.json").is_file()
     for folder in ("kernels", "bench"):
         expected = {p.relative_to(ROOT / folder) for p in (ROOT / folder).rglob("*.py")}
         found = {p.relative_to(installed / "sp_fast" / folder) for p in (installed / "sp_fast" / folder).rglob("*.py")}

@@ -128,7 +128,7 @@ def test_opcheck(name):
     rows, weights, windows = problem(CONFIGS[name], dtype=torch.float32)
     for t in (rows, *weights):
         t.requires_grad_()
-    torch.library.opcheck(torch.ops.sp_fast.windowed_matmul.default, (rows, weights, encode_windows(windows)))
+    torch.library.opcheck(torch.ops.sp_fast.windowed_matmul.default, (rows, weights, encode_windows(windows), "torch"))
 
 
 LAYOUTS = {
@@ -283,7 +283,7 @@ def test_half_precision_bounds_its_im2col(monkeypatch):
     rows, weights, windows = problem(CONFIGS["crop+detail"], batch=5, dtype=torch.bfloat16)
     encoded = encode_windows(windows)
     expected = windowed_matmul(rows, weights, encoded)
-    monkeypatch.setattr("sp_fast.kernels.windowed_matmul.COLUMNS_BYTES", 1)
+    monkeypatch.setattr("sp_fast.kernels.windowed_matmul_torch.COLUMNS_BYTES", 1)
     torch.testing.assert_close(windowed_matmul(rows, weights, encoded), expected)
 
 

@@ -1,0 +1,141 @@
+"""Every launch that ships: all that a forward pass at the published widths launches, on each chip of the launch tables.
+
+Launchers are called on "meta" tensors under a pretended chip, so that no GPU is needed. Launches that compile to the
+same code are one configuration.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sp_fast import SPProjectorConfig, geometry
+from sp_fast.bench.cases import DTYPES
+from sp_fast.bench.plan import check_names
+from sp_fast.config import NAN_PLACES
+from sp_fast.errors import BackendError
+from sp_fast.kernels.device import CHIPS, Chip, has_triton, interpreting, pretend
+from sp_fast.kernels.launch import Launch, Recorded, recording
+from sp_fast.kernels.tiles import bucket_of
+
+VARIANTS = ("crop-dfi", "pool-dfi")
+BATCHES = range(1, 257)  # every way to compile occurs: for 1 image, for multiples of 16, for what fits one tile
+
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that the compilation of a launch depends on; equal ones compile to the same. Picklable."""
+
+    module: str
+    function: str
+    chip: Chip
+    dtype: str  # of the features
+    warps: int
+    registers: int | None
+    signature: tuple[tuple[str, str], ...]  # every argument's type in triton's words
+    constants: tuple[tuple[str, Any], ...]  # compile-time arguments, and integers that are 1
+    aligned: tuple[int, ...]  # arguments that are multiples of 16, by position
+
+    @property
+    def kernel(self) -> str:
+        return self.function.removeprefix("_").removesuffix("_kernel")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A source, and who launches it."""
+
+    source: Source
+    variants: tuple[str, ...]
+    buckets: tuple[int, ...]  # the launch table's
+    batch: int  # the smallest
+
+
+def configurations(chips: Sequence[str] = (), dtypes: Sequence[str] = ()) -> list[Configuration]:
+    """At the published widths; of all chips ("90" is sm_90) and dtypes unless some are named.
+
+    Raises:
+        ConfigError: a chip or dtype that is not known.
+        BackendError: triton is not installed, or is to interpret.
+    """
+    check_names("chip", chips, tuple(map(str, CHIPS)))
+    check_names("dtype", dtypes, tuple(DTYPES))
+    if not has_triton():
+        raise BackendError("triton is not installed, and nothing can be compiled: pip install triton")
+    if interpreting():
+        raise BackendError("TRITON_INTERPRET=1 interprets kernels, and compiles none: unset it")
+    users: dict[Source, list[tuple[str, int]]] = {}
+    for chip, dtype in itertools.product(map(int, chips or CHIPS), dtypes or DTYPES):
+        for variant, batch in itertools.product(VARIANTS, BATCHES):
+            for launch, arguments in _launches(SPProjectorConfig.variant(variant), CHIPS[chip], DTYPES[dtype], batch):
+                users.setdefault(_source(launch, arguments, CHIPS[chip], dtype), []).append((variant, batch))
+    return sorted((_configuration(source, found) for source, found in users.items()), key=_order)
+
+
+def _configuration(source: Source, users: list[tuple[str, int]]) -> Configuration:
+    variants, batches = zip(*users, strict=True)
+    buckets = dict.fromkeys(map(bucket_of, sorted(batches)))
+    return Configuration(source, tuple(dict.fromkeys(variants)), tuple(buckets), min(batches))
+
+
+def _order(configuration: Configuration) -> tuple[Any, ...]:
+    source = configuration.source
+    return source.chip.capability, source.dtype, source.kernel, configuration.variants, configuration.batch
+
+
+def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: int) -> Recorded:
+    """A forward pass's."""
+    from sp_fast.kernels.gelu_rows_triton import gelu_rows_triton
+    from sp_fast.kernels.pooled_rows_triton import pooled_rows_triton
+    from sp_fast.kernels.spatial_tail_triton import spatial_tail_triton
+    from sp_fast.kernels.windowed_matmul_triton import windowed_matmul_triton
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    width, depth = config.vision_width, config.spatial_width
+    weights = [empty(cells, width, depth) for cells in (geometry.spatial_cells(config), geometry.detail_cells(config))]
+    windows = [*geometry.spatial_windows(config), *geometry.detail_windows(config)]
+    projection = (empty(depth), empty(depth), empty(depth, depth), empty(depth))  # LayerNorm, linear layer
+    bias = empty(config.text_width) if config.spatial_bias else None
+    with pretend(chip), recording() as launches:
+        rows = empty(batch, config.patch_tokens, width)
+        if levels := geometry.pooled_levels(config):
+            rows = pooled_rows_triton(rows, config.grid, geometry.map_origin(config), config.map_size, levels)
+        gelu_rows_triton(empty(batch, config.patch_tokens, config.text_width), config.spatial_tokens)
+        spatial_tail_triton(
+            empty(batch, config.spatial_tokens + config.patch_tokens, config.text_width),
+            windowed_matmul_triton(rows, weights, windows),
+            [side * side for side in config.detail_sides], projection * 3 * len(config.detail_kernels),
+            empty(config.text_width, config.fused_width), bias, config.detail_fusion == "concat",
+            [place in config.nan_to_num for place in NAN_PLACES], 1e-5,
+        )  # fmt: skip
+    return launches
+
+
+def _source(launch: Launch, arguments: Sequence[Tensor | float], chip: Chip, dtype: str) -> Source:
+    """As triton's JIT specialises: an integer 1 becomes a constant, and a multiple of 16 is known to be one."""
+    types, constants, aligned = {}, dict(launch.constants), []
+    names = launch.kernel.arg_names
+    for position, (name, value) in enumerate(zip(names, arguments, strict=False)):
+        if isinstance(value, Tensor):
+            types[name] = _TYPES[value.dtype]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        elif value == 1:
+            constants[name] = value
+        else:
+            types[name] = "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, Tensor) or (name in types and isinstance(value, int) and value % 16 == 0):
+            aligned.append(position)
+    return Source(
+        launch.kernel.__module__, launch.kernel.__name__, chip, dtype, launch.warps, launch.registers,
+        tuple((name, types.get(name, "constexpr")) for name in names), tuple(constants.items()), tuple(aligned),
+    )  # fmt: skip

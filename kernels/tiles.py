@@ -1,0 +1,129 @@
+"""Launch choices: pure functions of chip, type and shape, and a table that is measured offline.
+
+``launch_table.json`` holds one row a (chip, bytes of a type, batch bucket); `sp-fast bench tune` rewrites it. Nothing
+is tuned while a model runs: an autotuner inside the capture of a CUDA graph would break it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sp_fast.kernels.device import Chip
+
+TABLE = Path(__file__).with_name("launch_table.json")
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # images; beyond them the bucket is LARGE
+LARGE = 0
+DEFAULT_CHIP = 0  # the table's rows for chips that it does not name
+SWAPPED_CHIPS = (90, 100)  # where the weights belong on the M side of a 16-bit product (wgmma, tcgen05)
+
+# Numerics, fixed for a release: changing them changes the last bits of every spatial token.
+SPLIT_CELLS = (4, 8)  # cells whose products one partial sum holds: windows of one output, of many
+LARGE_SPLIT_CELLS = (32, 64)  # beyond B = 64, where partial sums of 4 cells would be a tenth of the traffic
+
+
+@dataclass(frozen=True)
+class WindowedTiles:
+    """Tiles of the windowed matmul: rows for windows of one output and of many, columns of D, depth K.
+
+    ``stages_*`` are tiles of the software pipeline, ``warps`` of 32 threads a program.
+    """
+
+    block_single: int
+    block_many: int
+    block_d: int
+    block_k: int
+    stages_single: int
+    stages_many: int
+    warps: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the pipeline's tiles; the larger kind, since one program runs one kind."""
+        return max(
+            stages * self.block_k * (self.block_d + rows) * itemsize
+            for rows, stages in ((self.block_single, self.stages_single), (self.block_many, self.stages_many))
+        )
+
+
+def bucket_of(batch: int) -> int:
+    """The batch bucket: the smallest that holds ``batch`` images, or LARGE."""
+    return next((bound for bound in BUCKETS if batch <= bound), LARGE)
+
+
+def split_cells(batch: int) -> tuple[int, int]:
+    """Cells a partial sum, for windows of one output and of many; one choice up to 64 images."""
+    return SPLIT_CELLS if batch <= BUCKETS[-1] else LARGE_SPLIT_CELLS
+
+
+def is_swapped(chip: Chip, dtype: torch.dtype) -> bool:
+    """Whether weights go to the M side of a product. Elsewhere the pipeline's copies would fall apart."""
+    return chip.capability in SWAPPED_CHIPS and dtype.itemsize == 2
+
+
+@functools.cache
+def launch_table(path: Path = TABLE) -> dict[tuple[int, int, int], WindowedTiles]:
+    """``(chip, bytes of a type, bucket)`` to tiles."""
+    rows = json.loads(path.read_text())
+    return {(row.pop("chip"), row.pop("bytes"), row.pop("bucket")): WindowedTiles(**row) for row in rows}
+
+
+def windowed_tiles(chip: Chip, dtype: torch.dtype, batch: int, width: int, depth: int) -> WindowedTiles:
+    """The table's tiles, no larger than C = ``width`` and D = ``depth`` need, with stages that fit the chip.
+
+    Raises:
+        ValueError: two stages do not fit into the chip's shared memory.
+    """
+    table = launch_table()
+    known = chip.capability if (chip.capability, dtype.itemsize, LARGE) in table else DEFAULT_CHIP
+    tiles = table[known, dtype.itemsize, bucket_of(batch)]
+    tiles = replace(
+        tiles, block_d=min(tiles.block_d, power_of_two(depth)), block_k=min(tiles.block_k, power_of_two(width))
+    )
+    while tiles.shared_bytes(dtype.itemsize) > chip.shared_memory:
+        if max(tiles.stages_single, tiles.stages_many) <= 2:
+            raise ValueError(
+                f"the windowed matmul needs {tiles.shared_bytes(dtype.itemsize)} bytes of shared memory a block, but "
+                f"this GPU (compute capability {chip.capability / 10}) has {chip.shared_memory}: use backend='torch'"
+            )
+        tiles = replace(tiles, stages_single=max(2, tiles.stages_single - 1), stages_many=max(2, tiles.stages_many - 1))
+    return tiles
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that holds ``n``, at least a matrix instruction's side."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def reduce_tile(batch: int, depth: int) -> tuple[int, int]:
+    """Images, and columns of D, that a program of the reduction adds."""
+    return min(8, power_of_two(batch, least=1)), min(128, power_of_two(depth))
+
+
+@dataclass(frozen=True)
+class ProductTiles:
+    """Tiles of a small product: rows, columns, depth; ``warps`` of 32 threads a program."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """As kernels name them."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "STAGES": self.stages}
+
+
+def product_tiles(chip: Chip, dtype: torch.dtype, rows: int, width: int) -> ProductTiles:
+    """Tiles of the tail's products: narrow for few rows, so that every multiprocessor reads a part of the weight."""
+    half = dtype.itemsize == 2
+    block_k = min(128 if half and rows <= 32 else 64 if half else 32, power_of_two(width))
+    if rows <= 32:
+        return ProductTiles(16, 32, block_k, 4 if half else 3, 4)
+    large = half and rows > 1024 and chip.capability in SWAPPED_CHIPS
+    return ProductTiles(64, 128 if large else 64, block_k, 3, 8)

@@ -1,0 +1,283 @@
+"""SPProjector on the Triton kernels, in the interpreter: the official numbers, every variant, the module's contracts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from sp_fast import SPProjector
+from sp_fast.bench.accuracy import compare
+from sp_fast.errors import BackendError
+from sp_fast.kernels import device
+from sp_fast.kernels.device import CHIPS, pretend
+from tests.helpers import (
+    ALL_VARIANTS,
+    accuracy,
+    features_for,
+    golden,
+    golden_names,
+    official_gradients,
+    randomised,
+    reference_of,
+    shrunk,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SAMPLE = {"dfi_cropping_nonfinite", "dfi_pooling", "conv49", "tokens3_cropping", "tfm_pooling", "multifuse_cropping"}
+
+
+def sampled(cases, chosen):
+    """All cases, those that are not chosen for the campaign only."""
+    return [pytest.param(*case, marks=() if chosen(i, case) else pytest.mark.campaign) for i, case in enumerate(cases)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def build(variant="crop-dfi", dtype=torch.float32, seed=0, backend="triton", **overrides):
+    config = shrunk(variant, **overrides)
+    return randomised(SPProjector(config, backend, dtype=dtype), seed).eval()
+
+
+def on_triton(projector):
+    """The same projector, forced onto Triton."""
+    other = SPProjector(projector.config, "triton", dtype=projector.output.weight.dtype)
+    other.load_state_dict(projector.state_dict())
+    return other.eval()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", sampled([(n,) for n in golden_names(anyres=False)], lambda _, case: case[0] in SAMPLE))
+def test_golden_outputs(name):
+    """The official code's own numbers, by the accuracy rule beside the reference in float32."""
+    file = golden(name)
+    projector = on_triton(file.load())
+    x = file.tensors["input.patch_features"]
+    with torch.no_grad():
+        found, plain = projector(x), reference_of(projector)(x)
+    expected = file.tensors["output.image_features"]
+    finite = expected.isfinite()
+    assert torch.equal(found.isfinite(), finite)
+    spatial = slice(None), slice(projector.config.spatial_tokens)
+    for what, part in (("tokens", ...), ("spatial", spatial)):
+        kept = finite[part]
+        result = compare(what, found[part][kept], plain[part][kept], expected[part][kept].double(), torch.float32)
+        assert result.passed, result
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("dtype", "variant"),
+    # Each variant in one type a day, each type for a third of the variants.
+    sampled([(d, v) for v in ALL_VARIANTS for d in DTYPES], lambda i, _: (i // 3) % 3 == i % 3),
+    ids=str,
+)
+def test_accuracy_rule(variant, dtype):
+    """Every output and gradient: at most 1.5 times the reference's own error in the type, plus one ulp."""
+    wide = dict.fromkeys(("vision_width", "spatial_width", "text_width"), 32)
+    with pretend(CHIPS[90]):
+        for comparison in accuracy(lambda seed: build(variant, dtype, seed, **wide), dtype, seeds=8, batch=7):
+            assert comparison.passed, comparison
+
+
+@pytest.mark.parametrize("variant", ["crop-dfi", "pool", "conv336_adptive_pooling_multifuse_q"])
+def test_gradients_of_tokens_and_attention(variant):
+    triton, torch_path = build(variant), build(variant, backend="torch")
+    x = features_for(triton.config, 2)
+    found = []
+    for projector in (triton, torch_path):
+        features = x.clone().requires_grad_()
+        output = projector.intermediates(features)
+        generator = torch.Generator().manual_seed(0)
+        outputs = [output.tokens, *output.attention]
+        torch.autograd.backward(outputs, [torch.randn(z.shape, generator=generator) for z in outputs])
+        found.append({"input": features.grad} | official_gradients(projector))
+    for key, expected in found[1].items():
+        if expected is None:
+            assert found[0][key] is None, key
+        elif not (key.startswith("key_projector") and key.endswith("bias")):  # which vanish
+            torch.testing.assert_close(
+                found[0][key], expected, rtol=1e-3, atol=2e-6 + 1e-4 * expected.abs().max().item(), msg=key
+            )
+
+
+def test_a_loss_on_the_attention_alone():
+    projector = build()
+    _, attention = projector(features_for(projector.config, 2), return_attention=True)
+    (attention * torch.randn_like(attention)).sum().backward()
+    assert projector.integrator.query[0][1].weight.grad.ne(0).any()
+    assert projector.output.weight.grad is None or projector.output.weight.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("frozen", ["extractor", "integrator", "output", "patch_mlp"])
+def test_frozen_parts_get_no_gradient(frozen):
+    projector = build()
+    projector.get_submodule(frozen).requires_grad_(False)
+    projector(features_for(projector.config, 1)).square().sum().backward()
+    for name, parameter in projector.named_parameters():
+        assert (parameter.grad is None) == name.startswith(frozen), name
+
+
+@pytest.mark.parametrize("variant", ["crop-dfi", "pool", "tfm336"])
+def test_compiles_whole_with_a_dynamic_batch(variant):
+    projector = build(variant)
+    compiled = torch.compile(projector, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        x = features_for(projector.config, batch)
+        torch.testing.assert_close(compiled(x), projector(x))
+
+
+def test_compiled_gradients_are_the_eager_ones():
+    projector, other = build(), build()
+    x = features_for(projector.config)
+    torch.compile(projector, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    other(x).square().sum().backward()
+    for ours, theirs in zip(projector.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("variant", ["crop-dfi", "pool-dfi", "crop"])
+def test_opcheck(variant):
+    """Of the head and of the pooled rows, with the arguments that a projector gives them."""
+    projector = build(variant, text_width=8)
+    for op in ("token_head", "pooled_rows", "token_head_backward", "pooled_rows_backward"):
+        calls = []
+
+        class Catch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func is getattr(torch.ops.sp_fast, op).default:  # noqa: B023
+                    calls.append(tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args))  # noqa: B023
+                return func(*args, **(kwargs or {}))
+
+        x = features_for(projector.config, 1).requires_grad_()
+        with Catch():
+            projector(x).square().sum().backward()
+        assert len(calls) == (0 if op.startswith("pooled") and projector.config.pyramid != "pool" else 1), op
+        for arguments in calls:
+            if not op.endswith("backward"):
+                tree_map_only(torch.Tensor, lambda t: t.requires_grad_(), arguments)
+            torch.library.opcheck(getattr(torch.ops.sp_fast, op).default, arguments)
+
+
+def test_empty_batch():
+    for variant in ("crop-dfi", "pool", "conv336_conv_49"):
+        projector = build(variant)
+        tokens = projector(features_for(projector.config, 0))
+        assert tokens.shape == (0, projector.config.spatial_tokens + 36, 24)
+        tokens.sum().backward()
+
+
+def test_gradient_checkpointing_and_two_backwards():
+    projector, other = build(), build()
+    x = features_for(projector.config).requires_grad_()
+    loss = checkpoint(projector, x, use_reentrant=False).square().sum()
+    loss.backward()
+    again = other(x).square().sum()
+    again.backward(retain_graph=True)
+    for ours, theirs in zip(projector.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    again.backward()
+    torch.testing.assert_close(other.output.weight.grad, 2 * projector.output.weight.grad)
+
+
+def test_double_backward_is_refused():
+    projector = build()
+    x = features_for(projector.config).requires_grad_()
+    (gradient,) = torch.autograd.grad(projector(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    projector = build()
+    x = features_for(projector.config)
+    with torch.autocast("cpu", dtype=dtype):
+        tokens, expected = projector(x), reference_of(projector)(x)
+    assert tokens.dtype == expected.dtype == dtype
+    torch.testing.assert_close(tokens, expected, rtol=0.05, atol=0.05)
+    tokens.float().sum().backward()
+    assert {p.grad.dtype for p in projector.parameters()} == {torch.float32}
+
+
+def test_nonfinite_features_stay_in_their_image():
+    projector = build()
+    x = features_for(projector.config, 3)
+    clean = projector(x)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x[1, 0, 0] = value
+        dirty = projector(x)
+        torch.testing.assert_close(dirty[[0, 2]], clean[[0, 2]])
+        assert dirty[1, 6:].isnan().any()
+        torch.testing.assert_close(dirty, build(backend="torch")(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_replaced_values_have_no_gradient(dtype):
+    """nan_to_num on features, details and logits: where a value was replaced, its gradient is zero."""
+    found = []
+    for backend in ("triton", "torch"):
+        projector = build(dtype=dtype, backend=backend)
+        z = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        z[0, 0, 0], z[0, 7, 3], z[1, 7, 2] = torch.nan, torch.inf, -torch.inf
+        z.requires_grad_()
+        projector.integrate(z)[0].float().sum().backward()
+        found.append(z.grad)
+        assert z.grad[0, 0, 0] == z.grad[0, 7, 3] == z.grad[1, 7, 2] == 0
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.02)
+
+
+class Adapter(nn.Module):
+    """As PEFT wraps a linear layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.delta = base, nn.Parameter(torch.full((base.out_features,), 3.0))
+
+    def forward(self, x):
+        return self.base(x) + self.delta
+
+
+@pytest.mark.parametrize("place", ["output", "patch_mlp.0", "integrator.key.0.1"])
+def test_an_adapter_is_never_bypassed(place):
+    projector, torch_path = build(), build(backend="torch")
+    for one in (projector, torch_path):
+        one.set_submodule(place, Adapter(one.get_submodule(place)))
+    x = features_for(projector.config)
+    torch.testing.assert_close(projector(x), torch_path(x))
+
+
+def test_hooks_run():
+    projector, calls = build(), []
+    projector.output.register_forward_hook(lambda *_: calls.append(1))
+    projector(features_for(projector.config))
+    assert calls == [1]
+
+
+def test_copies_keep_the_backend():
+    projector = build()
+    x = features_for(projector.config)
+    for other in (copy.deepcopy(projector), copy.deepcopy(projector).half()):
+        assert other.backend == ("triton", "requested")
+        torch.testing.assert_close(other(x.to(other.output.weight.dtype)).float(), projector(x), rtol=0.05, atol=0.05)
+
+
+def test_what_cannot_run_is_refused_with_the_reason(monkeypatch):
+    double = build(dtype=torch.float64)
+    with pytest.raises(BackendError, match=r"torch\.float64 is none of .*: use backend='auto' or 'torch'"):
+        double(features_for(double.config, 1, torch.float64))
+    projector = build()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(BackendError, match="the tensors are on cpu, not on an NVIDIA GPU"):
+        projector(features_for(projector.config))
+    monkeypatch.setattr(device, "has_triton", lambda: False)
+    with pytest.raises(BackendError, match="triton is not installed"):
+        projector(features_for(projector.config))
+    monkeypatch.setattr("sp_fast.backend.has_triton", lambda: False)
+    with pytest.raises(BackendError, match="triton is not installed"):
+        build()
