@@ -12,7 +12,7 @@ from sp_fast.kernels.launch import Launch
 from sp_fast.kernels.tiles import power_of_two
 
 BLOCK_R = 8  # output rows a program
-TILE_ELEMENTS = 4096  # of a row of each bin and its channels, in registers
+TILE_BYTES = 8192  # of a row of each bin and its channels, in registers
 
 
 @triton.jit
@@ -72,7 +72,8 @@ def pooled_rows_triton(patch_features: Tensor, grid: int, origin: int, side: int
     out = patch_features.new_empty(batch, rows, width)
     longest = max(-(-(i + 1) * side // k) - i * side // k for k in levels for i in range(k))
     block_bin = power_of_two(longest, least=1)
-    block_c = min(power_of_two(width), max(16, TILE_ELEMENTS // (BLOCK_R * block_bin)))
+    elements = TILE_BYTES // patch_features.itemsize
+    block_c = min(power_of_two(width), max(16, elements // (BLOCK_R * block_bin)))
     constants = {
         "GRID": grid, "ORIGIN": origin, "SIDE": side, "LEVELS": tuple(levels), "ROWS": rows, "C": width,
         "BIN": longest, "BLOCK_R": BLOCK_R, "BLOCK_BIN": block_bin, "BLOCK_C": block_c,

@@ -277,7 +277,7 @@ def spatial_tail_triton(
             }  # fmt: skip
             m_tiles = triton.cdiv(batch * max(spatial, outputs), tiles.block_m)
             programs = (m_tiles * triton.cdiv(width, tiles.block_n), 3)
-            project = Launch(_spatial_project_fwd_kernel, programs, constants, tiles.warps, registers=128)
+            project = Launch(_spatial_project_fwd_kernel, programs, constants, tiles.warps, registers=160)
             project(z, *projections[12 * i : 12 * (i + 1)], q, k, v, batch, eps)
         block_o, block_d = power_of_two(outputs), min(64, power_of_two(width))
         constants = {
