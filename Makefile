@@ -17,20 +17,26 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/installed
 endif
 
-.PHONY: demo test test-host test-kernels test-gpu bench campaign lint clean
+.PHONY: demo test test-host test-bench test-kernels test-gpu bench campaign lint clean
 
 demo: $(SETUP)
 	$(RUN) -m sp_fast verify
 
-# Two processes side by side: triton decides at its import whether kernels are interpreted.
+# Two processes side by side, on one thread each.
 test: $(SETUP) $(if $(NO_VENV),,lint)
-	@$(MAKE) --no-print-directory -j 2 --output-sync=line test-host test-kernels
+	@$(MAKE) --no-print-directory -j 2 --output-sync=line test-kernels test-host test-bench
 
-test-host:
-	$(RUN) -m pytest -m "not campaign and not gpu" $(ARGS)
-
+# Kernels need a process of their own: triton decides at its import whether they are interpreted.
 test-kernels:
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter -m "not campaign" $(ARGS)
+
+BENCH_TESTS := $(wildcard tests/test_bench_*.py) tests/test_verify.py
+
+test-host:
+	$(RUN) -m pytest -m "not campaign and not gpu" $(addprefix --ignore=,$(BENCH_TESTS)) $(ARGS)
+
+test-bench:
+	$(RUN) -m pytest -m "not campaign" $(BENCH_TESTS) $(ARGS)
 
 # Needs only a checkout and a python with torch, triton and pytest.
 test-gpu:
