@@ -58,7 +58,12 @@ class Configuration:
     batch: int  # the smallest
 
 
-def configurations(chips: Sequence[str] = (), dtypes: Sequence[str] = ()) -> list[Configuration]:
+def configurations(
+    chips: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    variants: Sequence[str] = VARIANTS,
+    batches: Sequence[int] = BATCHES,
+) -> list[Configuration]:
     """At the published widths; of all chips ("90" is sm_90) and dtypes unless some are named.
 
     Raises:
@@ -73,7 +78,7 @@ def configurations(chips: Sequence[str] = (), dtypes: Sequence[str] = ()) -> lis
         raise BackendError("TRITON_INTERPRET=1 interprets kernels, and compiles none: unset it")
     users: dict[Source, list[tuple[str, int]]] = {}
     for chip, dtype in itertools.product(map(int, chips or CHIPS), dtypes or DTYPES):
-        for variant, batch in itertools.product(VARIANTS, BATCHES):
+        for variant, batch in itertools.product(variants, batches):
             for launch, arguments in _launches(SPProjectorConfig.variant(variant), CHIPS[chip], DTYPES[dtype], batch):
                 users.setdefault(_source(launch, arguments, CHIPS[chip], dtype), []).append((variant, batch))
     return sorted((_configuration(source, found) for source, found in users.items()), key=_order)
@@ -101,7 +106,9 @@ def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: 
         return torch.empty(shape, dtype=dtype, device="meta")
 
     width, depth = config.vision_width, config.spatial_width
-    weights = [empty(cells, width, depth) for cells in (geometry.spatial_cells(config), geometry.detail_cells(config))]
+    cells = (geometry.spatial_cells(config), geometry.detail_cells(config))
+    weights = [empty(count, width, depth) for count in cells if count]
+    details = [side * side for side in config.detail_sides] if config.attends else []
     windows = [*geometry.spatial_windows(config), *geometry.detail_windows(config)]
     projection = (empty(depth), empty(depth), empty(depth, depth), empty(depth))  # LayerNorm, linear layer
     bias = empty(config.text_width) if config.spatial_bias else None
@@ -113,7 +120,7 @@ def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: 
         spatial_tail_triton(
             empty(batch, config.spatial_tokens + config.patch_tokens, config.text_width),
             windowed_matmul_triton(rows, weights, windows),
-            [side * side for side in config.detail_sides], projection * 3 * len(config.detail_kernels),
+            details, projection * 3 * len(details),
             empty(config.text_width, config.fused_width), bias, config.detail_fusion == "concat",
             [place in config.nan_to_num for place in NAN_PLACES], 1e-5,
         )  # fmt: skip

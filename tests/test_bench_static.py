@@ -25,6 +25,7 @@ from sp_fast.bench.static import STREAM, STREAM_BYTES, breaches, judge, to_json
 from sp_fast.cli import app
 from sp_fast.kernels.device import CHIPS, Chip
 from sp_fast.kernels.tiles import BUCKETS, LARGE, bucket_of
+from tests.helpers import ALL_VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 KEEPS_HINTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
@@ -230,6 +231,23 @@ def test_every_row_of_the_launch_table_is_compiled():
                     batch = [name for name, _ in users[0].signature].index("batch")
                     assert {batch in source.aligned for source in users} == {True, False}
     assert len({c.source for c in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    "variant", ["crop", "conv336_adptive_pooling_multifuse_q", pytest.param("all", marks=pytest.mark.campaign)]
+)
+def test_other_variants_compile_too(variant):
+    """The interpreter runs what the compiler refuses. Attention is the kernel whose branches differ by variant."""
+    if variant == "all":
+        found = configurations((), ["bfloat16"], [v for v in ALL_VARIANTS if not v.startswith("tfm")], [3])
+    else:
+        found = configurations(["90"], ["bfloat16"], [variant], [3])
+        found = [configuration for configuration in found if "attend" in configuration.source.kernel]
+    assert found
+    for configuration in found:
+        judgement = judge(configuration)
+        assert judgement.figures is not None, judgement.breaches
+        assert judgement.breaches == (), configuration
 
 
 @pytest.mark.parametrize("batch", [1, 8, 16])
