@@ -57,10 +57,10 @@ def test_empty_batch():
 
 
 def test_beyond_two_billion_elements(tmp_path):
-    path, far = tmp_path / "sparse", 2**31 + 64
+    path, far = tmp_path / "sparse", 2**30 + 64  # fits an int32; twice as far does not
     with path.open("wb") as file:
-        file.truncate(2 * (far + 36 * 16))
-    buffer = torch.from_file(str(path), shared=True, size=far + 36 * 16, dtype=torch.float16)
-    x = buffer.as_strided((2, 36, 16), (far, 16, 1))
+        file.truncate(2 * (2 * far + 36 * 16))
+    buffer = torch.from_file(str(path), shared=True, size=2 * far + 36 * 16, dtype=torch.float16)
+    x = buffer.as_strided((3, 36, 16), (far, 16, 1))
     x.copy_(torch.randn(x.shape))
     torch.testing.assert_close(pooled_rows(x, 6, 0, 6, (4,), "triton"), pooled_rows(x, 6, 0, 6, (4,)))

@@ -96,7 +96,7 @@ def test_gradients_of_tokens_and_attention(variant):
         generator = torch.Generator().manual_seed(0)
         outputs = [output.tokens, *output.attention]
         torch.autograd.backward(outputs, [torch.randn(z.shape, generator=generator) for z in outputs])
-        found.append({"input": features.grad} | official_gradients(projector))
+        found.append({"tokens": output.tokens, "input": features.grad} | official_gradients(projector))
     for key, expected in found[1].items():
         if expected is None:
             assert found[0][key] is None, key

@@ -136,8 +136,8 @@ def sparse(elements, tmp_path, dtype=torch.float16):
 
 def test_rows_beyond_two_billion_elements(tmp_path):
     windows = [Window(0, 0, 1, 2, 2, 3, 1, 1, 1)]
-    far = 2**31 + 64
-    rows = sparse(far + 9 * 16, tmp_path).as_strided((2, 9, 16), (far, 16, 1))
+    far = 2**30 + 64  # fits an int32; twice as far does not
+    rows = sparse(2 * far + 9 * 16, tmp_path).as_strided((3, 9, 16), (far, 16, 1))
     rows.copy_(torch.randn(rows.shape))
     weights = [torch.randn(4, 16, 8).half()]
     agrees(windowed_matmul_triton(rows, weights, windows), rows, weights, windows)
