@@ -38,7 +38,7 @@ test-host:
 test-bench:
 	$(RUN) -m pytest -m "not campaign" $(BENCH_TESTS) $(ARGS)
 
-# Needs only a checkout and a python with torch, triton and pytest.
+# Needs only a checkout and a python with torch, triton, safetensors and pytest.
 test-gpu:
 	PYTHONPATH=. $(if $(NO_VENV),$(PYTHON),$(if $(wildcard $(VENV)/installed),$(RUN),$(PYTHON))) -m pytest tests/test_gpu.py -m gpu $(ARGS)
 

@@ -77,6 +77,9 @@ def tune(
             raise ResourceError(
                 f"device={device!r} has no launch table: tiles are chosen for an NVIDIA GPU (--device cuda)"
             )
+        for size in batch or ():
+            if size not in (*BUCKETS, 256):
+                raise ConfigError(f"batch={size} is no bucket's bound; it must be one of {(*BUCKETS, 256)}")
         found = []
         for size in batch or (*BUCKETS, 256):
             with console.status(f"B={size}"):

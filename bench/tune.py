@@ -31,6 +31,7 @@ VALUES = {
 }
 ACCUMULATORS = 128  # float32 a thread, beyond which registers spill
 PASSES = 2
+GAIN = 0.01  # below which a difference is noise
 SECONDS, RUNS = 0.05, 60  # of one candidate
 Measure = Callable[[WindowedTiles], float | str]
 
@@ -74,7 +75,7 @@ def descend(
         for field in VALUES:
             for tiles in neighbours(best.tiles, field, chip, itemsize, depth):
                 trial = tried(tiles)
-                if trial.ms is not None and trial.ms < best.ms:
+                if trial.ms is not None and trial.ms < (1 - GAIN) * best.ms:
                     best = trial
         if best == before:
             break
@@ -129,8 +130,9 @@ class Tuned:
 def tune_bucket(device: torch.device, dtype: str, batch: int, write: bool) -> Tuned:
     """Tunes one bucket on a GPU, and puts the result into the table where ``write`` says so."""
     torch_dtype, chip = DTYPES[dtype], chip_of(device)
-    start, measure = gpu_measure(device, torch_dtype, batch)
-    best, trials = descend(start, chip, torch_dtype.itemsize, SPProjectorConfig().spatial_width, measure)
+    with torch.cuda.device(device):  # events are recorded on the current one
+        start, measure = gpu_measure(device, torch_dtype, batch)
+        best, trials = descend(start, chip, torch_dtype.itemsize, SPProjectorConfig().spatial_width, measure)
     by_tiles = {trial.tiles: trial for trial in trials}
     if write and best != start:
         write_row(chip, torch_dtype.itemsize, batch, best)

@@ -24,7 +24,7 @@ from torch import Tensor
 from sp_fast.kernels.device import chip_of
 from sp_fast.kernels.gelu_rows_triton import gelu
 from sp_fast.kernels.launch import Launch
-from sp_fast.kernels.tiles import power_of_two, product_tiles
+from sp_fast.kernels.tiles import attend_tiles, product_tiles
 
 
 @triton.jit
@@ -261,6 +261,7 @@ def spatial_tail_triton(
     """
     batch, rows, width = z.shape
     spatial, fused_width = rows - sum(details), weight.shape[1]
+    weight, projections = weight.contiguous(), [t.contiguous() for t in projections]
     chip, largest = chip_of(z.device), torch.finfo(z.dtype).max
     attention = z.new_empty(batch, spatial, sum(details))
     fused = z.new_empty(batch, spatial, fused_width)
@@ -270,7 +271,7 @@ def spatial_tail_triton(
         if outputs:
             q = z.new_empty(batch, spatial, width)
             k, v = z.new_empty(batch, outputs, width), z.new_empty(batch, outputs, width)
-            tiles = product_tiles(chip, z.dtype, batch * max(spatial, outputs), width)
+            tiles = product_tiles(chip, z.dtype, batch, width)
             constants = {
                 "ROWS": rows, "FIRST": spatial + key, "T": spatial, "O": outputs, "D": width,
                 "FINITE_SPATIAL": finite[0], "FINITE_DETAIL": finite[1], "LARGEST": largest, **tiles.constants,
@@ -279,18 +280,19 @@ def spatial_tail_triton(
             programs = (m_tiles * triton.cdiv(width, tiles.block_n), 3)
             project = Launch(_spatial_project_fwd_kernel, programs, constants, tiles.warps, registers=160)
             project(z, *projections[12 * i : 12 * (i + 1)], q, k, v, batch, eps)
-        block_o, block_d = power_of_two(outputs), min(64, power_of_two(width))
+        tiles = attend_tiles(chip, z.dtype, spatial, outputs, width)
         constants = {
             "ROWS": rows, "T": spatial, "O": outputs, "D": width, "KEYS": sum(details), "FIRST": key, "F": fused_width,
             "COLUMN": width * (1 + i if concat else 1), "ADD": not concat and i > 0,
             "ACTIVATE": concat or i == len(details) - 1, "FINITE_SPATIAL": finite[0], "FINITE": finite[2],
-            "LARGEST": largest, "BLOCK_T": power_of_two(spatial), "BLOCK_O": block_o,
-            "BLOCK_K": min(64, power_of_two(width)), "BLOCK_D": block_d, "STAGES": 3 if block_o <= 64 else 2,
+            "LARGEST": largest, **tiles.constants,
         }  # fmt: skip
-        attend = Launch(_spatial_attend_fwd_kernel, (batch, triton.cdiv(width, block_d)), constants, registers=128)
+        attend = Launch(
+            _spatial_attend_fwd_kernel, (batch, triton.cdiv(width, tiles.block_d)), constants, registers=128
+        )
         attend(z, q, k, v, attention, fused, width**-0.5)
         key += outputs
-    tiles = product_tiles(chip, z.dtype, batch * spatial, fused_width)
+    tiles = product_tiles(chip, z.dtype, batch, fused_width)
     constants = {
         "T": spatial, "F": fused_width, "H": weight.shape[0], "HAS_BIAS": bias is not None, **tiles.constants,
     }  # fmt: skip

@@ -22,8 +22,10 @@ DEFAULT_CHIP = 0  # the table's rows for chips that it does not name
 SWAPPED_CHIPS = (90, 100)  # where the weights belong on the M side of a 16-bit product (wgmma, tcgen05)
 
 # Numerics, fixed for a release: changing them changes the last bits of every spatial token.
-SPLIT_CELLS = (4, 8)  # cells whose products one partial sum holds: windows of one output, of many
-LARGE_SPLIT_CELLS = (32, 64)  # beyond B = 64, where partial sums of 4 cells would be a tenth of the traffic
+# Cells whose products one partial sum holds, for windows of one output and of many, by the bytes of a type. A float32
+# product adds C terms a cell in sequence: more than a cell or two would cost digits.
+SPLIT_CELLS = {2: (4, 8), 4: (1, 2)}
+LARGE_SPLIT_CELLS = {2: (32, 64), 4: (4, 8)}  # beyond B = 64, where short sums would be a tenth of the traffic
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ def bucket_of(batch: int) -> int:
     return next((bound for bound in BUCKETS if batch <= bound), LARGE)
 
 
-def split_cells(batch: int) -> tuple[int, int]:
+def split_cells(batch: int, dtype: torch.dtype) -> tuple[int, int]:
     """Cells a partial sum, for windows of one output and of many; one choice up to 64 images."""
-    return SPLIT_CELLS if batch <= BUCKETS[-1] else LARGE_SPLIT_CELLS
+    return (SPLIT_CELLS if batch <= BUCKETS[-1] else LARGE_SPLIT_CELLS)[dtype.itemsize]
 
 
 def is_swapped(chip: Chip, dtype: torch.dtype) -> bool:
@@ -119,11 +121,53 @@ class ProductTiles:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "STAGES": self.stages}
 
 
-def product_tiles(chip: Chip, dtype: torch.dtype, rows: int, width: int) -> ProductTiles:
-    """Tiles of the tail's products: narrow for few rows, so that every multiprocessor reads a part of the weight."""
+def product_tiles(chip: Chip, dtype: torch.dtype, batch: int, width: int) -> ProductTiles:
+    """Tiles of the tail's products; one choice up to 64 images, since tiles shape the sums of a LayerNorm."""
     half = dtype.itemsize == 2
-    block_k = min(128 if half and rows <= 32 else 64 if half else 32, power_of_two(width))
-    if rows <= 32:
-        return ProductTiles(16, 32, block_k, 4 if half else 3, 4)
-    large = half and rows > 1024 and chip.capability in SWAPPED_CHIPS
-    return ProductTiles(64, 128 if large else 64, block_k, 3, 8)
+    if batch <= BUCKETS[-1]:  # narrow, so that at one image every multiprocessor reads a part of the weight
+        return ProductTiles(16, 32, min(128 if half else 32, power_of_two(width)), 4 if half else 3, 4)
+    large = half and chip.capability in SWAPPED_CHIPS
+    return ProductTiles(64, 128 if large else 64, min(64 if half else 32, power_of_two(width)), 3, 8)
+
+
+@dataclass(frozen=True)
+class AttendTiles:
+    """Tiles of the detail attention: spatial tokens, keys, depth of the logits, columns of D."""
+
+    block_t: int
+    block_o: int
+    block_k: int
+    block_d: int
+    stages: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the logits' pipeline and of the values."""
+        pipeline = self.stages * self.block_k * (self.block_t + self.block_o)
+        return itemsize * (pipeline + self.block_o * (self.block_d + self.block_t))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """As the kernel names them."""
+        return {
+            "BLOCK_T": self.block_t, "BLOCK_O": self.block_o, "BLOCK_K": self.block_k, "BLOCK_D": self.block_d,
+            "STAGES": self.stages,
+        }  # fmt: skip
+
+
+def attend_tiles(chip: Chip, dtype: torch.dtype, spatial: int, outputs: int, width: int) -> AttendTiles:
+    """All tokens and keys of an image in one program, as deep as the chip's shared memory allows.
+
+    Raises:
+        ValueError: a detail map that is too large for the chip.
+    """
+    side = min(64, power_of_two(width))
+    tiles = AttendTiles(power_of_two(spatial), power_of_two(outputs), side, side, 3 if outputs <= 64 else 2)
+    while tiles.shared_bytes(dtype.itemsize) > chip.shared_memory:
+        if tiles.block_k <= 16:
+            raise ValueError(
+                f"attention over {outputs} outputs of a detail map needs {tiles.shared_bytes(dtype.itemsize)} bytes of "
+                f"shared memory a block, but this GPU (compute capability {chip.capability / 10}) has "
+                f"{chip.shared_memory}: use backend='torch'"
+            )
+        tiles = replace(tiles, block_k=tiles.block_k // 2, block_d=tiles.block_d // 2, stages=2)
+    return tiles

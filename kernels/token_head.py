@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sp_fast.kernels.autocast import autocast_tensors, no_autocast
@@ -53,6 +52,8 @@ def token_head(
         eps: of the LayerNorms.
     Returns:
         tokens ``[B, T + N, H]``, and the attention ``[B, T, O]`` of each detail.
+    Raises:
+        ValueError: tensors of several types without autocast; only LayerNorm's may differ.
     Gradients: for every tensor, each only where asked for; differentiable once.
     """
     weight, bias = output
@@ -64,6 +65,18 @@ def token_head(
         (bias,) = autocast_tensors(bias)
     if patch_features is not None:
         patch_features, *patch_mlp = autocast_tensors(patch_features, *patch_mlp)
+    for name, tensors in {
+        "patch features": [t for t in (patch_features,) if t is not None],
+        "projections": [t for t, norm in zip(projections, norms, strict=True) if not norm],
+        "output layer": [t for t in (weight, bias) if t is not None],
+        "patch MLP": list(patch_mlp),
+    }.items():
+        for t in tensors:
+            if t.dtype != z.dtype:
+                raise ValueError(
+                    f"the spatial features are {z.dtype} but the {name} {t.dtype}: cast them to one type "
+                    f"(module.to({z.dtype})), or run under torch.autocast"
+                )
     with no_autocast(z):
         tokens, attention, _ = _forward_op(
             z, patch_features, list(details), projections, weight, bias, list(patch_mlp), concat, list(finite), eps
@@ -96,7 +109,9 @@ def _forward_op(
     spatial = z.shape[1] - sum(details)
     if patch_features is not None:
         weight1, bias1, weight2, bias2 = patch_mlp
-        hidden = F.linear(patch_features, weight1, bias1)
+        # One product with its bias inside; F.linear would batch it where a CLS token was cut off.
+        rows = patch_features.reshape(-1, patch_features.shape[2])
+        hidden = torch.addmm(bias1, rows, weight1.t()).view(*patch_features.shape[:2], -1)
         activated = gelu_rows_triton(hidden, room=spatial)
         torch.addmm(bias2, activated.flatten(0, 1), weight2.t(), out=tokens.view(-1, tokens.shape[2]))
     attention = spatial_tail_triton(tokens, z.contiguous(), details, projections, weight, bias, concat, finite, eps)

@@ -27,17 +27,20 @@ class _Projection(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, tensors: Sequence[Tensor], eps: float) -> _Projection:
-        norm_weight, norm_bias, weight, bias = (t.to(x.dtype) for t in tensors)
-        normed, mean, rstd = aten.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-        return cls(x, normed, mean, rstd, norm_weight, norm_bias, weight, F.linear(normed, weight, bias))
+        norm_weight, norm_bias, weight, bias = tensors
+        wide = x.to(norm_weight.dtype)  # wider than x under autocast
+        normed, mean, rstd = aten.native_layer_norm(wide, x.shape[-1:], norm_weight, norm_bias, eps)
+        normed = normed.to(x.dtype)
+        return cls(wide, normed, mean, rstd, norm_weight, norm_bias, weight, F.linear(normed, weight, bias))
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The gradient of ``x``, and those of the four parameters."""
         dnormed, dweight, dbias = _linear_backward(grad, self.normed, self.weight)
         dx, dnorm_weight, dnorm_bias = aten.native_layer_norm_backward(
-            dnormed, self.x, self.x.shape[-1:], self.mean, self.rstd, self.norm_weight, self.norm_bias, [True] * 3
-        )
-        return dx, [dnorm_weight, dnorm_bias, dweight, dbias]
+            dnormed.to(self.x.dtype), self.x, self.x.shape[-1:], self.mean, self.rstd, self.norm_weight, self.norm_bias,
+            [True] * 3,
+        )  # fmt: skip
+        return dx.to(grad.dtype), [dnorm_weight, dnorm_bias, dweight, dbias]
 
 
 def token_head_backward_torch(

@@ -272,7 +272,7 @@ def windowed_matmul_triton(
                 f"{tuple(weight.shape)}: call .contiguous() once, or use backend='torch'"
             )
     rows = rows if rows.stride(2) == 1 and rows.stride(1) == width else rows.contiguous()
-    cells = split_cells(batch)
+    cells = split_cells(batch, rows.dtype)
     single, many = plan_windows(windows, cells)
     outputs = sum(w.outputs for w in windows)
     out = rows.new_empty(batch, outputs, depth)

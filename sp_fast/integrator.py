@@ -64,10 +64,17 @@ def is_plain(projector: nn.Module) -> bool:
     their parameters. An adapter around a linear layer, say, would be bypassed in silence."""
     parts = (projector.integrator, projector.output, projector.patch_mlp)
     modules = [module for part in parts if part is not None for module in part.modules()]
-    return all(
-        type(module) in PLAIN and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        for module in modules
-    )
+    layers = [type(layer) for layer in projector.patch_mlp]
+    return layers == [nn.Linear, nn.GELU, nn.Linear] and all(map(_is_plain_layer, modules))
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    if type(module) not in PLAIN or "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in HOOKS):
+        return False
+    return getattr(module, "approximate", "none") == "none" and getattr(module, "eps", NORM_EPS) == NORM_EPS
 
 
 def finite_where(place: str, tensor: Tensor, config: SPProjectorConfig) -> Tensor:

@@ -70,10 +70,11 @@ def small(variant, **overrides):
 
 def randomised(module, seed=0):
     """Every parameter at random, biases and normalisation weights too."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device=device)
             scale = 0.5 if parameter.dim() == 1 else parameter[..., 0].numel() ** -0.5
             if name.endswith("weight") and parameter.dim() == 3:  # packed [cells, C, D]: one output sums cells * C
                 scale = (parameter.shape[0] * parameter.shape[1]) ** -0.5 * 2

@@ -14,6 +14,7 @@ from sp_fast.kernels.tiles import (
     BUCKETS,
     LARGE,
     TABLE,
+    attend_tiles,
     bucket_of,
     is_swapped,
     launch_table,
@@ -63,10 +64,19 @@ def test_operand_order():
     assert not any(is_swapped(chip, torch.float32) for chip in CHIPS.values())
 
 
-def test_products_are_narrow_for_few_rows():
-    few, many = (product_tiles(CHIPS[90], torch.bfloat16, rows, 512) for rows in (6, 1536))
+def test_products_keep_their_tiles_up_to_64_images():
+    few, last, many = (product_tiles(CHIPS[90], torch.bfloat16, batch, 512) for batch in (1, 64, 65))
+    assert few == last
     assert few.block_m < many.block_m
-    assert few.block_n < many.block_n
+
+
+def test_attention_fits_or_says_why_not():
+    for chip in CHIPS.values():
+        for dtype in (torch.bfloat16, torch.float32):
+            for outputs in (25, 121) if dtype == torch.float32 else (25, 121, 441):
+                assert attend_tiles(chip, dtype, 6, outputs, 512).shared_bytes(dtype.itemsize) <= chip.shared_memory
+    with pytest.raises(ValueError, match=r"attention over 1024 outputs .* this GPU .* has 20000: use backend='torch'"):
+        attend_tiles(Chip(86, 20_000), torch.float32, 6, 1024, 512)
 
 
 class Properties:

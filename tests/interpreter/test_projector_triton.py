@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -250,6 +251,34 @@ def test_an_adapter_is_never_bypassed(place):
         one.set_submodule(place, Adapter(one.get_submodule(place)))
     x = features_for(projector.config)
     torch.testing.assert_close(projector(x), torch_path(x))
+
+
+def test_changed_layers_are_never_bypassed():
+    """As offloading replaces a forward on the instance; another GELU; another epsilon."""
+    changes = {
+        "output.forward": lambda p: setattr(p.output, "forward", lambda x: F.linear(x, p.output.weight) + 7),
+        "patch_mlp.1": lambda p: setattr(p.patch_mlp[1], "approximate", "tanh"),
+        "key eps": lambda p: setattr(p.integrator.key[0][0], "eps", 0.5),
+        "patch_mlp longer": lambda p: p.patch_mlp.append(nn.GELU()),
+    }
+    for name, change in changes.items():
+        projector, torch_path, untouched = build(), build(backend="torch"), build()
+        x = features_for(projector.config, 1)
+        change(projector)
+        change(torch_path)
+        torch.testing.assert_close(projector(x), torch_path(x), msg=name)
+        assert not torch.allclose(projector(x), untouched(x), atol=1e-6), name
+
+
+def test_strided_weights_and_mixed_types():
+    projector = build()
+    x = features_for(projector.config, 1)
+    expected = projector(x)
+    projector.output.weight.data = projector.output.weight.data.t().contiguous().t()
+    torch.testing.assert_close(projector(x), expected)
+    projector.output.half()
+    with pytest.raises(ValueError, match=r"torch\.float32 but the output layer torch\.float16: cast them to one type"):
+        projector(x)
 
 
 def test_hooks_run():

@@ -156,9 +156,9 @@ def test_plan_of_the_published_windows():
     """Splits and partial rows by hand: sums of ceil(k * k / 4), and 32 splits of 25 outputs."""
     config = SPProjectorConfig()
     windows = geometry.spatial_windows(config) + geometry.detail_windows(config)
-    single, many = plan_windows(windows, split_cells(1))
+    single, many = plan_windows(windows, split_cells(1, torch.bfloat16))
     assert partial_rows(single, many) == (4 + 16 + 36 + 64 + 100 + 144) + 32 * 25
-    assert split_cells(64) == split_cells(1) != split_cells(65)
+    assert split_cells(64, torch.float16) == split_cells(1, torch.float16) != split_cells(65, torch.float16)
 
 
 def test_gradients_behind_the_triton_forward():
