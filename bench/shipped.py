@@ -96,34 +96,46 @@ def _order(configuration: Configuration) -> tuple[Any, ...]:
 
 
 def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: int) -> Recorded:
-    """A forward pass's."""
+    """Those of a forward and a backward pass, every gradient asked for."""
     from sp_fast.kernels.gelu_rows_triton import gelu_rows_triton
-    from sp_fast.kernels.pooled_rows_triton import pooled_rows_triton
+    from sp_fast.kernels.pooled_rows_triton import pooled_rows_backward_triton, pooled_rows_triton
+    from sp_fast.kernels.spatial_tail import SpatialTail
+    from sp_fast.kernels.spatial_tail_backward_triton import spatial_tail_backward_triton
     from sp_fast.kernels.spatial_tail_triton import spatial_tail_triton
+    from sp_fast.kernels.windowed_matmul_drows_triton import windowed_matmul_drows_triton
+    from sp_fast.kernels.windowed_matmul_dweight_triton import windowed_matmul_dweight_triton
     from sp_fast.kernels.windowed_matmul_triton import windowed_matmul_triton
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    width, depth = config.vision_width, config.spatial_width
+    width, depth, spatial = config.vision_width, config.spatial_width, config.spatial_tokens
     cells = (geometry.spatial_cells(config), geometry.detail_cells(config))
     weights = [empty(count, width, depth) for count in cells if count]
     details = [side * side for side in config.detail_sides] if config.attends else []
     windows = [*geometry.spatial_windows(config), *geometry.detail_windows(config)]
-    projection = (empty(depth), empty(depth), empty(depth, depth), empty(depth))  # LayerNorm, linear layer
+    projections = (empty(depth), empty(depth), empty(depth, depth), empty(depth)) * 3 * len(details)
     bias = empty(config.text_width) if config.spatial_bias else None
+    concat, finite = config.detail_fusion == "concat", [place in config.nan_to_num for place in NAN_PLACES]
     with pretend(chip), recording() as launches:
         rows = empty(batch, config.patch_tokens, width)
-        if levels := geometry.pooled_levels(config):
-            rows = pooled_rows_triton(rows, config.grid, geometry.map_origin(config), config.map_size, levels)
-        gelu_rows_triton(empty(batch, config.patch_tokens, config.text_width), config.spatial_tokens)
-        spatial_tail_triton(
-            empty(batch, config.spatial_tokens + config.patch_tokens, config.text_width),
-            windowed_matmul_triton(rows, weights, windows),
-            details, projection * 3 * len(details),
-            empty(config.text_width, config.fused_width), bias, config.detail_fusion == "concat",
-            [place in config.nan_to_num for place in NAN_PLACES], 1e-5,
-        )  # fmt: skip
+        levels = geometry.pooled_levels(config)
+        square = (config.grid, geometry.map_origin(config), config.map_size, levels)
+        if levels:
+            rows = pooled_rows_triton(rows, *square)
+        gelu_rows_triton(empty(batch, config.patch_tokens, config.text_width), spatial)
+        z = windowed_matmul_triton(rows, weights, windows)
+        tail = SpatialTail.empty(z, details, config.fused_width)
+        tokens = empty(batch, spatial + config.patch_tokens, config.text_width)
+        output = empty(config.text_width, config.fused_width)
+        spatial_tail_triton(tokens, tail, z, details, projections, output, bias, concat, finite, 1e-5)
+        spatial_tail_backward_triton(
+            tail.activated, None, tail, z, details, projections, [True] * len(projections), concat, finite
+        )
+        windowed_matmul_dweight_triton(z, rows, weights, windows, False)
+        drows = windowed_matmul_drows_triton(z, rows, weights, windows)
+        if levels:
+            pooled_rows_backward_triton(drows, *square)
     return launches
 
 

@@ -22,6 +22,12 @@ def gelu(x):  # noqa: ANN201
 
 
 @triton.jit
+def gelu_slope(x):  # noqa: ANN201
+    """GELU's derivative, in float32."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit
 def _gelu_rows_fwd_kernel(
     x_ptr,  # [B, SIZE]
     out_ptr,  # [B, ROOM + SIZE]

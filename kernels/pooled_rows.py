@@ -47,16 +47,6 @@ def pooled_rows_torch(patch_features: Tensor, grid: int, origin: int, side: int,
     return torch.cat([patch_features, *pools], dim=1)
 
 
-def pooled_rows_backward_torch(grad: Tensor, grid: int, origin: int, side: int, levels: Sequence[int]) -> Tensor:
-    """The patch features' gradient ``[B, grid * grid, C]`` from that of all rows."""
-    patches, *pools = grad.split([grid * grid, *(k * k for k in levels)], dim=1)
-    patches = patches.clone(memory_format=torch.contiguous_format)
-    square = _square(patches, grid, origin, side)
-    for k, pool in zip(levels, pools, strict=True):
-        square += torch.ops.aten._adaptive_avg_pool2d_backward(pool.unflatten(1, (k, k)).permute(0, 3, 1, 2), square)
-    return patches
-
-
 def _square(patch_features: Tensor, grid: int, origin: int, side: int) -> Tensor:
     """The pooled square as a map ``[B, C, side, side]``, a view."""
     top, left = divmod(origin, grid)
@@ -76,7 +66,9 @@ def _forward_op(patch_features: Tensor, grid: int, origin: int, side: int, level
 
 @torch.library.custom_op("sp_fast::pooled_rows_backward", mutates_args=())
 def _backward_op(grad: Tensor, grid: int, origin: int, side: int, levels: Sequence[int]) -> Tensor:
-    return pooled_rows_backward_torch(grad, grid, origin, side, levels)
+    from sp_fast.kernels.pooled_rows_triton import pooled_rows_backward_triton
+
+    return pooled_rows_backward_triton(grad.contiguous(), grid, origin, side, levels)
 
 
 @_forward_op.register_fake

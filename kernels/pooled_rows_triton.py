@@ -1,4 +1,5 @@
-"""The pooling pyramid in Triton: every level in one launch, a few output rows and a tile of channels a program."""
+"""The pooling pyramid in Triton, forward and backward: every level in one launch, a few rows and a tile of channels a
+program. The backward gathers: each patch adds up the bins that hold it, in a fixed order."""
 
 from __future__ import annotations
 
@@ -83,4 +84,62 @@ def pooled_rows_triton(patch_features: Tensor, grid: int, origin: int, side: int
         Launch(_pooled_rows_fwd_kernel, programs, constants, registers=128)(
             patch_features, out, *patch_features.stride()
         )
+    return out
+
+
+@triton.jit
+def _pooled_rows_bwd_kernel(
+    grad_ptr,  # [B, ROWS, C], ROWS = GRID * GRID + sum of k * k
+    out_ptr,  # [B, GRID * GRID, C]
+    GRID: tl.constexpr,
+    ORIGIN: tl.constexpr,
+    SIDE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    COVERS: tl.constexpr,  # of each level: how many bins of an axis hold a patch, at most
+    ROWS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The bins that hold patch y, [i * SIDE // k, ceil((i + 1) * SIDE / k)), begin with i = y * k // SIDE."""
+    R_TILES: tl.constexpr = (GRID * GRID + BLOCK_R - 1) // BLOCK_R
+    image = (tl.program_id(0) // R_TILES).to(tl.int64)
+    row = tl.program_id(0) % R_TILES * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (row < GRID * GRID)[:, None] & (offs_c < C)
+    base = grad_ptr + image * (ROWS * C) + offs_c
+    acc = tl.load(base + row[:, None] * C, mask=mask, other=0.0).to(tl.float32)
+    y, x = row // GRID - ORIGIN // GRID, row % GRID - ORIGIN % GRID
+    in_square = (y >= 0) & (y < SIDE) & (x >= 0) & (x < SIDE)
+    first = GRID * GRID
+    for i in tl.static_range(len(LEVELS)):
+        k = LEVELS[i]
+        for bin in tl.static_range(COVERS[i] * COVERS[i]):
+            down, beside = y * k // SIDE + bin // COVERS[i], x * k // SIDE + bin % COVERS[i]
+            top, left = down * SIDE // k, beside * SIDE // k
+            count = (((down + 1) * SIDE + k - 1) // k - top) * (((beside + 1) * SIDE + k - 1) // k - left)
+            held = in_square & (down < k) & (beside < k) & (top <= y) & (left <= x)
+            pooled = (first + down * k + beside)[:, None] * C
+            g = tl.load(base + pooled, mask=mask & held[:, None], other=0.0).to(tl.float32)
+            acc += g / tl.where(held, count, 1).to(tl.float32)[:, None]
+        first += k * k
+    out_ptrs = out_ptr + (image * (GRID * GRID) + row[:, None]) * C + offs_c
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def pooled_rows_backward_triton(grad: Tensor, grid: int, origin: int, side: int, levels: Sequence[int]) -> Tensor:
+    """The patch features' gradient ``[B, grid * grid, C]`` from that of all rows, contiguous ``[B, ROWS, C]``."""
+    batch, rows, width = grad.shape
+    out = grad.new_empty(batch, grid * grid, width)
+    block_r, block_c = 16, min(64, power_of_two(width))
+    covers = tuple(
+        max(sum(i * side // k <= y < -(-(i + 1) * side // k) for i in range(k)) for y in range(side)) for k in levels
+    )
+    constants = {
+        "GRID": grid, "ORIGIN": origin, "SIDE": side, "LEVELS": tuple(levels), "COVERS": covers, "ROWS": rows,
+        "C": width, "BLOCK_R": block_r, "BLOCK_C": block_c,
+    }  # fmt: skip
+    if batch:
+        programs = (batch * triton.cdiv(grid * grid, block_r), triton.cdiv(width, block_c))
+        Launch(_pooled_rows_bwd_kernel, programs, constants, registers=128)(grad, out)
     return out

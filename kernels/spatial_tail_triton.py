@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,18 +23,19 @@ from torch import Tensor
 from sp_fast.kernels.device import chip_of
 from sp_fast.kernels.gelu_rows_triton import gelu
 from sp_fast.kernels.launch import Launch
+from sp_fast.kernels.spatial_tail import SpatialTail, detail_constants, pick
 from sp_fast.kernels.tiles import attend_tiles, product_tiles
 
 
 @triton.jit
-def _finite(x, LARGEST: tl.constexpr):
+def finite_or_largest(x, LARGEST: tl.constexpr):  # noqa: ANN201
     """nan_to_num: NaN to 0, infinities to the type's largest numbers."""
     return tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -LARGEST), LARGEST)
 
 
 @triton.jit
 def _spatial_project_fwd_kernel(
-    z_ptr,  # [B, ROWS, D]: T spatial rows first; the detail's O rows begin at FIRST
+    z_ptr,  # [B, ROWS, D]: T spatial rows first; the detail's O rows begin at T + FIRST
     q_norm_weight_ptr,  # [D]
     q_norm_bias_ptr,
     q_weight_ptr,  # [D, D]
@@ -48,9 +48,8 @@ def _spatial_project_fwd_kernel(
     v_norm_bias_ptr,
     v_weight_ptr,
     v_bias_ptr,
-    q_ptr,  # [B, T, D]
-    k_ptr,  # [B, O, D]
-    v_ptr,  # [B, O, D]
+    projected_ptr,  # [B, P, D]: from START on, this detail's T queries, O keys, O values
+    statistics_ptr,  # [B, ROWS, 2] float32: mean, 1 / standard deviation
     batch,
     eps,
     ROWS: tl.constexpr,
@@ -58,6 +57,8 @@ def _spatial_project_fwd_kernel(
     T: tl.constexpr,
     O: tl.constexpr,  # noqa: E741
     D: tl.constexpr,
+    P: tl.constexpr,
+    START: tl.constexpr,
     FINITE_SPATIAL: tl.constexpr,
     FINITE_DETAIL: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -78,7 +79,7 @@ def _spatial_project_fwd_kernel(
         norm_bias_ptr = tl.where(is_query, q_norm_bias_ptr, tl.where(is_key, k_norm_bias_ptr, v_norm_bias_ptr))
         weight_ptr = tl.where(is_query, q_weight_ptr, tl.where(is_key, k_weight_ptr, v_weight_ptr))
         bias_ptr = tl.where(is_query, q_bias_ptr, tl.where(is_key, k_bias_ptr, v_bias_ptr))
-        out_ptr = tl.where(is_query, q_ptr, tl.where(is_key, k_ptr, v_ptr))
+        start = START + tl.where(is_query, 0, tl.where(is_key, T, T + O))
         finite = tl.where(is_query, FINITE_SPATIAL, FINITE_DETAIL)
 
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -86,21 +87,25 @@ def _spatial_project_fwd_kernel(
         offs_k = tl.arange(0, BLOCK_K)
         mask_m = offs_m < batch * rows
         mask_n = offs_n < D
-        row = (offs_m // rows).to(tl.int64) * ROWS + tl.where(is_query, 0, FIRST) + offs_m % rows
+        image = (offs_m // rows).to(tl.int64)
+        row = image * ROWS + tl.where(is_query, 0, T + FIRST) + offs_m % rows
         z_ptrs = z_ptr + row[:, None] * D + offs_k[None, :]
 
         total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for k0 in range(0, D, BLOCK_K):
             z = tl.load(z_ptrs + k0, mask=mask_m[:, None] & (k0 + offs_k < D)[None, :], other=0.0).to(tl.float32)
-            total += tl.where(finite, _finite(z, LARGEST), z)
+            total += tl.where(finite, finite_or_largest(z, LARGEST), z)
         mean = tl.sum(total, axis=1) / D
         total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for k0 in range(0, D, BLOCK_K):
             mask_k = (k0 + offs_k < D)[None, :]
             z = tl.load(z_ptrs + k0, mask=mask_m[:, None] & mask_k, other=0.0).to(tl.float32)
-            centred = tl.where(mask_k, tl.where(finite, _finite(z, LARGEST), z) - mean[:, None], 0.0)
+            centred = tl.where(mask_k, tl.where(finite, finite_or_largest(z, LARGEST), z) - mean[:, None], 0.0)
             total += centred * centred
         rstd = 1.0 / tl.sqrt(tl.sum(total, axis=1) / D + eps)
+        if (tl.program_id(0) % n_tiles == 0) & (which < 2):  # keys and values share theirs
+            tl.store(statistics_ptr + row * 2, mean, mask=mask_m)
+            tl.store(statistics_ptr + row * 2 + 1, rstd, mask=mask_m)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in tl.range(0, D, BLOCK_K, num_stages=STAGES):
@@ -110,27 +115,28 @@ def _spatial_project_fwd_kernel(
             shift = tl.load(norm_bias_ptr + k0 + offs_k, mask=mask_k, other=0.0).to(tl.float32)
             w_ptrs = weight_ptr + offs_n[:, None] * D + k0 + offs_k[None, :]
             w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-            z = (tl.where(finite, _finite(z, LARGEST), z) - mean[:, None]) * rstd[:, None]
+            z = (tl.where(finite, finite_or_largest(z, LARGEST), z) - mean[:, None]) * rstd[:, None]
             z = tl.where(mask_k[None, :], z * gain[None, :] + shift[None, :], 0.0)
             acc = tl.dot(z.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * D + offs_n[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+        out_ptrs = projected_ptr + ((image * P + start + offs_m % rows) * D)[:, None] + offs_n[None, :]
+        tl.store(out_ptrs, acc.to(projected_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
 def _spatial_attend_fwd_kernel(
     z_ptr,  # [B, ROWS, D]: T spatial rows first
-    q_ptr,  # [B, T, D]
-    k_ptr,  # [B, O, D]
-    v_ptr,  # [B, O, D]
+    projected_ptr,  # [B, P, D]: from START on, this detail's T queries, O keys, O values
     attention_ptr,  # [B, T, KEYS]; this detail's columns begin at FIRST
-    fused_ptr,  # [B, T, F]: GELU of the spatial features, then of what is attended, from COLUMN for this detail
+    attended_ptr,  # [B, T, F - D]; this detail's columns begin at COLUMN - D
+    activated_ptr,  # [B, T, F]: GELU of the spatial features, then of what is attended
     scale,
     ROWS: tl.constexpr,
     T: tl.constexpr,
     O: tl.constexpr,  # noqa: E741
     D: tl.constexpr,
+    P: tl.constexpr,
+    START: tl.constexpr,
     KEYS: tl.constexpr,
     FIRST: tl.constexpr,
     F: tl.constexpr,
@@ -138,7 +144,7 @@ def _spatial_attend_fwd_kernel(
     ADD: tl.constexpr,
     ACTIVATE: tl.constexpr,
     FINITE_SPATIAL: tl.constexpr,
-    FINITE: tl.constexpr,
+    FINITE_LOGITS: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -153,21 +159,22 @@ def _spatial_attend_fwd_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = (offs_t < T)[:, None]
     mask_d = (offs_d < D)[None, :]
-    fused_ptrs = fused_ptr + (image * T + offs_t)[:, None] * F + offs_d[None, :]
+    activated_ptrs = activated_ptr + (image * T + offs_t)[:, None] * F + offs_d[None, :]
     if FIRST == 0:
         z_ptrs = z_ptr + (image * ROWS + offs_t)[:, None] * D + offs_d[None, :]
         z = tl.load(z_ptrs, mask=mask_t & mask_d, other=0.0).to(tl.float32)
         if FINITE_SPATIAL:
-            z = _finite(z, LARGEST)
-        tl.store(fused_ptrs, gelu(z).to(fused_ptr.dtype.element_ty), mask=mask_t & mask_d)
+            z = finite_or_largest(z, LARGEST)
+        tl.store(activated_ptrs, gelu(z).to(activated_ptr.dtype.element_ty), mask=mask_t & mask_d)
     if O == 0:
         return
 
     offs_o = tl.arange(0, BLOCK_O)
     offs_k = tl.arange(0, BLOCK_K)
     mask_o = offs_o < O
-    q_ptrs = q_ptr + (image * T + offs_t)[:, None] * D + offs_k[None, :]
-    k_ptrs = k_ptr + (image * O + offs_o)[:, None] * D + offs_k[None, :]
+    first = image * P + START
+    q_ptrs = projected_ptr + (first + offs_t)[:, None] * D + offs_k[None, :]
+    k_ptrs = projected_ptr + (first + T + offs_o)[:, None] * D + offs_k[None, :]
     logits = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     for k0 in tl.range(0, D, BLOCK_K, num_stages=STAGES):
         mask_k = (k0 + offs_k < D)[None, :]
@@ -175,30 +182,31 @@ def _spatial_attend_fwd_kernel(
         k = tl.load(k_ptrs + k0, mask=mask_o[:, None] & mask_k, other=0.0)
         logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")
     logits *= scale
-    if FINITE:
-        logits = _finite(logits, LARGEST)
+    if FINITE_LOGITS:
+        logits = finite_or_largest(logits, LARGEST)
     logits = tl.where(mask_o[None, :], logits, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     weights = weights / tl.sum(weights, axis=1)[:, None]
-    attention = weights.to(q_ptr.dtype.element_ty)
+    attention = weights.to(projected_ptr.dtype.element_ty)
     if tl.program_id(1) == 0:
         a_ptrs = attention_ptr + (image * T + offs_t)[:, None] * KEYS + FIRST + offs_o[None, :]
         tl.store(a_ptrs, attention, mask=mask_t & mask_o[None, :])
 
-    v_ptrs = v_ptr + (image * O + offs_o)[:, None] * D + offs_d[None, :]
+    v_ptrs = projected_ptr + (first + T + O + offs_o)[:, None] * D + offs_d[None, :]
     v = tl.load(v_ptrs, mask=mask_o[:, None] & mask_d, other=0.0)
-    out = tl.dot(attention, v, input_precision="ieee").to(q_ptr.dtype.element_ty)
+    out = tl.dot(attention, v, input_precision="ieee").to(attention.dtype)
+    attended_ptrs = attended_ptr + (image * T + offs_t)[:, None] * (F - D) + COLUMN - D + offs_d[None, :]
     if ADD:
-        before = tl.load(fused_ptrs + COLUMN, mask=mask_t & mask_d, other=0.0)
-        out = (before.to(tl.float32) + out.to(tl.float32)).to(q_ptr.dtype.element_ty)
+        before = tl.load(attended_ptrs, mask=mask_t & mask_d, other=0.0)
+        out = (before.to(tl.float32) + out.to(tl.float32)).to(attention.dtype)
+    tl.store(attended_ptrs, out, mask=mask_t & mask_d)
     if ACTIVATE:
-        out = gelu(out.to(tl.float32)).to(q_ptr.dtype.element_ty)
-    tl.store(fused_ptrs + COLUMN, out, mask=mask_t & mask_d)
+        tl.store(activated_ptrs + COLUMN, gelu(out.to(tl.float32)).to(attention.dtype), mask=mask_t & mask_d)
 
 
 @triton.jit
 def _spatial_output_fwd_kernel(
-    fused_ptr,  # [B, T, F]
+    activated_ptr,  # [B, T, F]
     weight_ptr,  # [H, F]
     bias_ptr,  # [H]
     tokens_ptr,  # [B, T + N, H], images stride_b apart
@@ -222,7 +230,7 @@ def _spatial_output_fwd_kernel(
     mask_n = offs_n < H
     image = (offs_m // T).to(tl.int64)
     token = offs_m % T
-    x_ptrs = fused_ptr + offs_m[:, None].to(tl.int64) * F + offs_k[None, :]
+    x_ptrs = activated_ptr + offs_m[:, None].to(tl.int64) * F + offs_k[None, :]
     w_ptrs = weight_ptr + offs_n[:, None].to(tl.int64) * F + offs_k[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -239,6 +247,7 @@ def _spatial_output_fwd_kernel(
 
 def spatial_tail_triton(
     tokens: Tensor,
+    tail: SpatialTail,
     z: Tensor,
     details: Sequence[int],
     projections: Sequence[Tensor],
@@ -247,11 +256,12 @@ def spatial_tail_triton(
     concat: bool,
     finite: Sequence[bool],
     eps: float,
-) -> Tensor:
-    """Writes the spatial tokens into ``tokens[:, :T]``; returns the attention ``[B, T, sum of O]``.
+) -> None:
+    """Writes the spatial tokens into ``tokens[:, :T]``, and the ``tail``.
 
     Args:
         tokens: ``[B, T + N, H]``, contiguous; other rows are left alone.
+        tail: the attention, and what the backward needs.
         z: ``[B, T + sum of O, D]``, contiguous, as the windowed matmul returns it.
         details: O of each detail map.
         projections: twelve a detail: LayerNorm weight and bias, linear weight and bias, of query, key and value.
@@ -262,41 +272,28 @@ def spatial_tail_triton(
     batch, rows, width = z.shape
     spatial, fused_width = rows - sum(details), weight.shape[1]
     weight, projections = weight.contiguous(), [t.contiguous() for t in projections]
-    chip, largest = chip_of(z.device), torch.finfo(z.dtype).max
-    attention = z.new_empty(batch, spatial, sum(details))
-    fused = z.new_empty(batch, spatial, fused_width)
-    key = 0
+    chip = chip_of(z.device)
     for i, outputs in enumerate(details or [0]):
-        q = k = v = z
+        place = detail_constants(i, z, details, fused_width, concat, finite)
         if outputs:
-            q = z.new_empty(batch, spatial, width)
-            k, v = z.new_empty(batch, outputs, width), z.new_empty(batch, outputs, width)
             tiles = product_tiles(chip, z.dtype, batch, width)
-            constants = {
-                "ROWS": rows, "FIRST": spatial + key, "T": spatial, "O": outputs, "D": width,
-                "FINITE_SPATIAL": finite[0], "FINITE_DETAIL": finite[1], "LARGEST": largest, **tiles.constants,
-            }  # fmt: skip
+            constants = {**pick(place, _spatial_project_fwd_kernel), **tiles.constants}
             m_tiles = triton.cdiv(batch * max(spatial, outputs), tiles.block_m)
             programs = (m_tiles * triton.cdiv(width, tiles.block_n), 3)
             project = Launch(_spatial_project_fwd_kernel, programs, constants, tiles.warps, registers=160)
-            project(z, *projections[12 * i : 12 * (i + 1)], q, k, v, batch, eps)
+            project(z, *projections[12 * i : 12 * (i + 1)], tail.projected, tail.statistics, batch, eps)
         tiles = attend_tiles(chip, z.dtype, spatial, outputs, width)
         constants = {
-            "ROWS": rows, "T": spatial, "O": outputs, "D": width, "KEYS": sum(details), "FIRST": key, "F": fused_width,
-            "COLUMN": width * (1 + i if concat else 1), "ADD": not concat and i > 0,
-            "ACTIVATE": concat or i == len(details) - 1, "FINITE_SPATIAL": finite[0], "FINITE": finite[2],
-            "LARGEST": largest, **tiles.constants,
+            **pick(place, _spatial_attend_fwd_kernel), **tiles.constants, "ADD": not concat and i > 0,
+            "ACTIVATE": concat or i == len(details) - 1,
         }  # fmt: skip
-        attend = Launch(
-            _spatial_attend_fwd_kernel, (batch, triton.cdiv(width, tiles.block_d)), constants, registers=128
-        )
-        attend(z, q, k, v, attention, fused, width**-0.5)
-        key += outputs
+        programs = (batch, triton.cdiv(width, tiles.block_d))
+        attend = Launch(_spatial_attend_fwd_kernel, programs, constants, registers=128)
+        attend(z, tail.projected, tail.attention, tail.attended, tail.activated, width**-0.5)
     tiles = product_tiles(chip, z.dtype, batch, fused_width)
     constants = {
         "T": spatial, "F": fused_width, "H": weight.shape[0], "HAS_BIAS": bias is not None, **tiles.constants,
     }  # fmt: skip
     programs = triton.cdiv(batch * spatial, tiles.block_m) * triton.cdiv(weight.shape[0], tiles.block_n)
     output = Launch(_spatial_output_fwd_kernel, (programs,), constants, tiles.warps, registers=128)
-    output(fused, weight, weight if bias is None else bias, tokens, batch, tokens.stride(0))
-    return attention
+    output(tail.activated, weight, weight if bias is None else bias, tokens, batch, tokens.stride(0))

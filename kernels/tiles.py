@@ -107,6 +107,33 @@ def reduce_tile(batch: int, depth: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class OuterTiles:
+    """Tiles of the weight gradient: rows at a time for windows of one output and of many, columns of C and of D."""
+
+    block_single: int
+    block_many: int
+    block_c: int
+    block_d: int
+    stages: int
+    warps: int
+    registers: int | None
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the pipeline's tiles, the larger kind."""
+        return self.stages * max(self.block_single, self.block_many) * (self.block_c + self.block_d) * itemsize
+
+
+def outer_tiles(dtype: torch.dtype, batch: int, width: int, depth: int) -> OuterTiles:
+    """As many blocks a multiprocessor as write at once what memory takes: three, of 32 KiB of results in 16 bits."""
+    half = dtype.itemsize == 2
+    single = min(64 if half else 16, power_of_two(batch))
+    side = 128 if half else 64
+    return OuterTiles(
+        single, 64 if half else 16, min(side, power_of_two(width)), min(128, power_of_two(depth)), 2, 4, 168
+    )
+
+
+@dataclass(frozen=True)
 class ProductTiles:
     """Tiles of a small product: rows, columns, depth; ``warps`` of 32 threads a program."""
 

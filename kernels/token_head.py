@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sp_fast.kernels.autocast import autocast_tensors, no_autocast
-from sp_fast.kernels.token_head_torch import token_head_backward_torch
+from sp_fast.kernels.spatial_tail import SpatialTail
+from sp_fast.kernels.token_head_backward import token_head_backward
 
 PARTS = ("query", "key", "value")
 PROJECTION_TENSORS = 4  # LayerNorm weight and bias, linear weight and bias
@@ -78,13 +79,14 @@ def token_head(
                     f"(module.to({z.dtype})), or run under torch.autocast"
                 )
     with no_autocast(z):
-        tokens, attention, _ = _forward_op(
+        tokens, _, attention, *_ = _forward_op(
             z, patch_features, list(details), projections, weight, bias, list(patch_mlp), concat, list(finite), eps
         )
     return tokens, attention.split(list(details), dim=2) if details else ()
 
 
-# Registration. The hidden layer of the patch MLP is an output so that the backward finds it.
+# Registration. What the backward reads are outputs: the patch MLP's hidden layer, and the fields of SpatialTail.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("sp_fast::token_head", mutates_args=())
@@ -99,13 +101,13 @@ def _forward_op(
     concat: bool,
     finite: Sequence[bool],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from sp_fast.kernels.gelu_rows_triton import gelu_rows_triton
     from sp_fast.kernels.spatial_tail_triton import spatial_tail_triton
 
-    tokens, attention, hidden = _empty(z, patch_features, details, weight, patch_mlp)
+    tokens, hidden, *tail = _empty(z, patch_features, details, weight, patch_mlp)
     if not len(z):
-        return tokens, attention, hidden
+        return tokens, hidden, *tail
     spatial = z.shape[1] - sum(details)
     if patch_features is not None:
         weight1, bias1, weight2, bias2 = patch_mlp
@@ -114,17 +116,18 @@ def _forward_op(
         hidden = torch.addmm(bias1, rows, weight1.t()).view(*patch_features.shape[:2], -1)
         activated = gelu_rows_triton(hidden, room=spatial)
         torch.addmm(bias2, activated.flatten(0, 1), weight2.t(), out=tokens.view(-1, tokens.shape[2]))
-    attention = spatial_tail_triton(tokens, z.contiguous(), details, projections, weight, bias, concat, finite, eps)
-    return tokens, attention, hidden
+    tail = SpatialTail(*tail)
+    spatial_tail_triton(tokens, tail, z.contiguous(), details, projections, weight, bias, concat, finite, eps)
+    return tokens, hidden, *tail
 
 
 def _empty(
     z: Tensor, patch_features: Tensor | None, details: Sequence[int], weight: Tensor, patch_mlp: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     batch, spatial = z.shape[0], z.shape[1] - sum(details)
     patches, width = (0, 0) if patch_features is None else (patch_features.shape[1], patch_mlp[0].shape[0])
     tokens = z.new_empty(batch, spatial + patches, weight.shape[0])
-    return tokens, z.new_empty(batch, spatial, sum(details)), z.new_empty(batch, patches, width)
+    return tokens, z.new_empty(batch, patches, width), *SpatialTail.empty(z, details, weight.shape[1])
 
 
 @_forward_op.register_fake
@@ -139,24 +142,26 @@ def _(
     concat: bool,
     finite: Sequence[bool],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     return _empty(z, patch_features, details, weight, patch_mlp)
 
 
 @torch.library.custom_op("sp_fast::token_head_backward", mutates_args=())
 def _backward_op(
     grad: Tensor,
-    grad_attention: Tensor | None,
-    tensors: Sequence[Tensor],
+    dattention: Tensor | None,
+    saved: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     wanted: Sequence[bool],
     details: Sequence[int],
     has_bias: bool,
     concat: bool,
     finite: Sequence[bool],
-    eps: float,
 ) -> list[Tensor]:
-    found = token_head_backward_torch(
-        grad, grad_attention, tensors, wanted, details, has_bias, concat=concat, finite=finite, eps=eps
+    if not len(grad):
+        return [t.new_zeros(t.shape if asked else 0) for t, asked in zip(inputs, wanted, strict=True)]
+    found = token_head_backward(
+        grad, dattention, saved, inputs, wanted, details, has_bias, concat=concat, finite=finite
     )
     return [grad.new_empty(0) if tensor is None else tensor.contiguous() for tensor in found]
 
@@ -164,41 +169,42 @@ def _backward_op(
 @_backward_op.register_fake
 def _(
     grad: Tensor,
-    grad_attention: Tensor | None,
-    tensors: Sequence[Tensor],
+    dattention: Tensor | None,
+    saved: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     wanted: Sequence[bool],
     details: Sequence[int],
     has_bias: bool,
     concat: bool,
     finite: Sequence[bool],
-    eps: float,
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape if asked else 0) for t, asked in zip(tensors[2:], wanted, strict=True)]
+    return [t.new_empty(t.shape if asked else 0) for t, asked in zip(inputs, wanted, strict=True)]
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    z, patch_features, details, projections, weight, bias, patch_mlp, *ctx.options = inputs
-    _, attention, hidden = output
+    z, patch_features, details, projections, weight, bias, patch_mlp, *ctx.options, _ = inputs
+    _, hidden, attention, *tail = output
     ctx.details, ctx.has_bias, ctx.has_patches = details, bias is not None, patch_features is not None
     optional = [t for t in (bias, patch_features) if t is not None]
-    ctx.save_for_backward(attention, hidden, z, *projections, weight, *optional, *patch_mlp)
-    ctx.mark_non_differentiable(hidden)
+    ctx.saved = 2 + len(tail)
+    ctx.save_for_backward(hidden, attention, *tail, z, *projections, weight, *optional, *patch_mlp)
+    ctx.mark_non_differentiable(hidden, *tail)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, grad_attention: Tensor | None, _: None) -> tuple:
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _: None, dattention: Tensor | None, *__: None
+) -> tuple:
     z, patches, _, projections, weight, bias, mlp, *_ = ctx.needs_input_grad
     optional = [flag for flag, there in ((bias, ctx.has_bias), (patches, ctx.has_patches)) if there]
     wanted = [z, *projections, weight, *optional, *mlp]
+    tensors = list(ctx.saved_tensors)  # once: checkpointing computes them at this moment
+    saved, inputs = tensors[: ctx.saved], tensors[ctx.saved :]
     if grad is None:  # a loss on the attention alone
-        attention, hidden = ctx.saved_tensors[:2]
-        width = ctx.saved_tensors[3 + len(projections)].shape[0]
-        grad = hidden.new_zeros(len(attention), attention.shape[1] + hidden.shape[1], width)
+        hidden, attention = saved[:2]
+        grad = hidden.new_zeros(len(hidden), attention.shape[1] + hidden.shape[1], len(inputs[1 + len(projections)]))
     with no_autocast(grad):
-        concat, finite, eps = ctx.options
-        found = _backward_op(
-            grad, grad_attention, list(ctx.saved_tensors), wanted, ctx.details, ctx.has_bias, concat, finite, eps
-        )
+        found = _backward_op(grad, dattention, saved, inputs, wanted, ctx.details, ctx.has_bias, *ctx.options)
     found = iter([tensor if asked else None for tensor, asked in zip(found, wanted, strict=True)])
     dz, dprojections, dweight = next(found), [next(found) for _ in projections], next(found)
     dbias = next(found) if ctx.has_bias else None

@@ -1,4 +1,4 @@
-"""Windowed matmul in plain torch: forward, weight gradient, row gradient. The path of a CPU, and of every gradient.
+"""Windowed matmul in plain torch: forward, weight gradient, row gradient. The path of a CPU.
 
 A window is walked row by row, every cell a product of its own. On a CPU that is faster than one thin product with
 K = 589,824, and more exact: each sum has C terms before the cells are added up.
@@ -18,25 +18,26 @@ COLUMNS_BYTES = 64 * 2**20  # of im2col at a time, in half precision
 
 def windowed_matmul_torch(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
     """The forward by matrix products; accumulates as torch's matmul does."""
-    rows = _dense_rows(rows)
+    rows = dense_rows(rows)
     return torch.cat([_window_product(rows, weights[w.weight], w) for w in windows], dim=1)
 
 
 def windowed_matmul_dweight_torch(
-    grad: Tensor, rows: Tensor, cells: Sequence[int], windows: Sequence[Window]
-) -> list[Tensor]:
-    """The weights' gradients, each ``[cells, C, D]`` in one buffer; ``cells`` of 0 skips a weight."""
-    rows = _dense_rows(rows)
-    # Cells that no window meets have zero gradient. A projector's windows meet every cell: nothing is written twice.
-    met = [sum(w.cells for w in windows if w.weight == i) for i in range(len(cells))]
-    shape = (rows.shape[2], grad.shape[2])
-    grads = [(rows.new_empty if met[i] == n else rows.new_zeros)((n, *shape)) for i, n in enumerate(cells)]
+    grad: Tensor, rows: Tensor, outs: Sequence[Tensor | None], windows: Sequence[Window], add: bool
+) -> None:
+    """The weights' gradients, written into ``outs`` or added to them, in their type; None skips a weight.
+
+    Windows share no cell, and cells of no window are left alone.
+    """
     for w, dout in zip(windows, _split(grad, windows), strict=True):
-        if cells[w.weight]:
+        if (buffer := outs[w.weight]) is not None:
             for cell, operand in _row_operands(rows, w):
-                out = grads[w.weight][cell : cell + w.width]
-                torch.bmm(operand.transpose(1, 2), dout.expand(w.width, -1, -1), out=out)
-    return grads
+                out = buffer[cell : cell + w.width]
+                x, y = operand.transpose(1, 2).to(out.dtype), dout.expand(w.width, -1, -1).to(out.dtype)
+                if add:
+                    out.baddbmm_(x, y)
+                else:
+                    torch.bmm(x, y, out=out)
 
 
 def windowed_matmul_drows_torch(
@@ -99,7 +100,7 @@ def _row_operands(rows: Tensor, w: Window) -> Iterator[tuple[int, Tensor]]:
         yield w.cell + down * w.width, operand
 
 
-def _dense_rows(rows: Tensor) -> Tensor:
+def dense_rows(rows: Tensor) -> Tensor:
     """Rows whose channels and rows are contiguous; a batch stride of its own (a cut-off CLS token) is kept."""
     dense = rows.stride(2) == 1 and rows.stride(1) == rows.shape[2]
     return rows if dense else rows.contiguous()

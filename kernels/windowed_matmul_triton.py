@@ -24,53 +24,19 @@ from torch import Tensor
 
 from sp_fast.kernels.device import chip_of
 from sp_fast.kernels.launch import Launch
-from sp_fast.kernels.tiles import (
-    WindowedTiles,
-    is_swapped,
-    reduce_tile,
-    split_cells,
-    windowed_tiles,
-)
+from sp_fast.kernels.tiles import WindowedTiles, is_swapped, reduce_tile, split_cells, windowed_tiles
 from sp_fast.kernels.window import Window
-
-# What a kernel knows of a window, all compile-time constants: no work list lies in memory, so nothing is built before
-# a graph is captured and no load delays the first weights.
-OUTPUTS, OUT_WIDTH, STEP, ORIGIN, WIDTH, ROW_STRIDE, CELL, CELLS, WEIGHT, SPLITS, SLOT, FIRST = map(
-    tl.constexpr, range(12)
+from sp_fast.kernels.windowed_plan_triton import (
+    FIRST,
+    OUTPUTS,
+    SLOT,
+    SPLITS,
+    count_units,
+    find_window,
+    interleave,
+    partial_rows,
+    plan_windows,
 )
-Plan = tuple[tuple[int, ...], ...]
-
-
-def plan_windows(windows: Sequence[Window], cells: tuple[int, int]) -> tuple[Plan, Plan]:
-    """Windows of one output and windows of many, as the kernels take them.
-
-    ``cells`` is the length of a split for either kind. SLOT counts the partial rows of an image before the window's
-    own, FIRST its first output.
-    """
-    plans: tuple[list, list] = ([], [])
-    slot = first = 0
-    for w in windows:
-        many = w.outputs > 1
-        splits = -(-w.cells // cells[many])
-        geometry = (w.outputs, w.out_width, w.step, w.origin, w.width, w.row_stride)
-        plans[many].append((*geometry, w.cell, w.cells, w.weight, splits, slot, first))
-        slot += splits * w.outputs
-        first += w.outputs
-    return tuple(plans[0]), tuple(plans[1])
-
-
-def partial_rows(single: Plan, many: Plan) -> int:
-    """Rows of the partial sums of an image."""
-    return sum(w[SPLITS.value] * w[OUTPUTS.value] for w in (*single, *many))
-
-
-@triton.jit
-def _count_units(batch, WINDOWS: tl.constexpr, BLOCK_M: tl.constexpr, D_TILES: tl.constexpr):
-    """Products of one kind: (window, split, tile of D, tile of rows)."""
-    units = 0
-    for i in tl.static_range(len(WINDOWS)):
-        units += WINDOWS[i][SPLITS] * D_TILES * ((batch * WINDOWS[i][OUTPUTS] + BLOCK_M - 1) // BLOCK_M)
-    return units
 
 
 @triton.jit
@@ -98,29 +64,14 @@ def _product(
     K_BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     EVEN_K: tl.constexpr = C % BLOCK_K == 0
     EVEN_D: tl.constexpr = D % BLOCK_D == 0
-    # Which window: the last whose first unit is not beyond this one. Its numbers come out of a chain of selects.
-    outputs, out_width, step, origin, width, row_stride = 1, 1, 1, 0, 1, 0
-    cell, cells, slot, start, first = 0, 0, 0, 0, 0
-    weight_ptr = weight0_ptr
-    for i in tl.static_range(len(WINDOWS)):
-        here = unit >= first
-        outputs = tl.where(here, WINDOWS[i][OUTPUTS], outputs)
-        out_width = tl.where(here, WINDOWS[i][OUT_WIDTH], out_width)
-        step = tl.where(here, WINDOWS[i][STEP], step)
-        origin = tl.where(here, WINDOWS[i][ORIGIN], origin)
-        width = tl.where(here, WINDOWS[i][WIDTH], width)
-        row_stride = tl.where(here, WINDOWS[i][ROW_STRIDE], row_stride)
-        cell = tl.where(here, WINDOWS[i][CELL], cell)
-        cells = tl.where(here, WINDOWS[i][CELLS], cells)
-        slot = tl.where(here, WINDOWS[i][SLOT], slot)
-        start = tl.where(here, first, start)
-        weight_ptr = tl.where(here, weight0_ptr if WINDOWS[i][WEIGHT] == 0 else weight1_ptr, weight_ptr)
-        first += WINDOWS[i][SPLITS] * D_TILES * ((batch * WINDOWS[i][OUTPUTS] + BLOCK_M - 1) // BLOCK_M)
+    window = find_window(unit, batch, WINDOWS, D_TILES, BLOCK_M)
+    outputs, out_width, step, origin, width, row_stride, cell, cells, weight, slot, _, place = window
+    weight_ptr = tl.where(weight == 0, weight0_ptr, weight1_ptr)
 
     m = batch * outputs
     m_tiles = (m + BLOCK_M - 1) // BLOCK_M
-    rest = (unit - start) // m_tiles
-    offs_m = (unit - start) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    rest = place // m_tiles
+    offs_m = place % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     split = rest // D_TILES
     offs_d = rest % D_TILES * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_k = tl.arange(0, BLOCK_K)
@@ -189,27 +140,20 @@ def _windowed_matmul_fwd_kernel(
     EVICT_SINGLE: tl.constexpr,
     EVICT_MANY: tl.constexpr,
 ):
-    """One unit a program. Windows of one output wait for memory, those of many compute: the program order interleaves
-    them, so that every multiprocessor has both at any time. The many come in the first part, since their units are
-    longer and would be left over at the end."""
+    """One unit a program."""
     D_TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    singles = _count_units(batch, SINGLE, BLOCK_SINGLE, D_TILES)
-    manys = _count_units(batch, MANY, BLOCK_MANY, D_TILES)
-    pid = tl.program_id(0)
-    span = manys + singles * 3 // 4
-    before = (tl.minimum(pid, span).to(tl.int64) * manys // tl.maximum(span, 1)).to(tl.int32)  # many-units before this
-    after = (tl.minimum(pid + 1, span).to(tl.int64) * manys // tl.maximum(span, 1)).to(tl.int32)
-    if after > before:
+    is_many, unit = interleave(batch, SINGLE, MANY, D_TILES, BLOCK_SINGLE, BLOCK_MANY)
+    if is_many:
         if len(MANY) > 0:
             _product(
-                before, rows_ptr, weight0_ptr, weight1_ptr, partial_ptr, batch, stride_b, MANY, SPLIT_MANY, C, D,
+                unit, rows_ptr, weight0_ptr, weight1_ptr, partial_ptr, batch, stride_b, MANY, SPLIT_MANY, C, D,
                 BLOCK_MANY, BLOCK_D, BLOCK_K, STAGES_MANY, SWAPPED, EVICT_MANY,
             )  # fmt: skip
     else:
         if len(SINGLE) > 0:
             _product(
-                pid - before, rows_ptr, weight0_ptr, weight1_ptr, partial_ptr, batch, stride_b, SINGLE, SPLIT_SINGLE, C,
-                D, BLOCK_SINGLE, BLOCK_D, BLOCK_K, STAGES_SINGLE, SWAPPED, EVICT_SINGLE,
+                unit, rows_ptr, weight0_ptr, weight1_ptr, partial_ptr, batch, stride_b, SINGLE, SPLIT_SINGLE, C, D,
+                BLOCK_SINGLE, BLOCK_D, BLOCK_K, STAGES_SINGLE, SWAPPED, EVICT_SINGLE,
             )  # fmt: skip
 
 
@@ -280,10 +224,10 @@ def windowed_matmul_triton(
         return out
     chip = chip_of(rows.device)
     tiles = tiles or windowed_tiles(chip, rows.dtype, batch, width, depth)
-    partial = rows.new_empty(partial_rows(single, many) * batch, depth, dtype=torch.float32)
+    partial = rows.new_empty(partial_rows(single + many) * batch, depth, dtype=torch.float32)
     kinds = ((single, tiles.block_single), (many, tiles.block_many))
     d_tiles = triton.cdiv(depth, tiles.block_d)
-    units = d_tiles * sum(w[SPLITS.value] * triton.cdiv(batch * w[OUTPUTS.value], n) for plan, n in kinds for w in plan)
+    units = sum(count_units(plan, batch, block_m, d_tiles) for plan, block_m in kinds)
     # A weight tile that a single program reads need not stay in the L2.
     evict = ["evict_first" if all(batch * w[OUTPUTS.value] <= n for w in plan) else "" for plan, n in kinds]
     constants = {

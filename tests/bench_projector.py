@@ -10,7 +10,7 @@ import torch
 from sp_fast import SPProjector, SPProjectorConfig, geometry
 from sp_fast.kernels.pooled_rows import pooled_rows
 from sp_fast.kernels.window import encode_windows
-from sp_fast.kernels.windowed_matmul import windowed_matmul, windowed_matmul_dweight_torch
+from sp_fast.kernels.windowed_matmul import windowed_matmul, windowed_matmul_dweight
 
 WIDTHS = {"vision_width": 256, "spatial_width": 128, "text_width": 256}
 
@@ -58,10 +58,11 @@ def test_windowed_matmul_fwd(benchmark, features):
 @pytest.mark.benchmark(group="windowed matmul, weight gradient")
 def test_windowed_matmul_dweight(benchmark, features):
     config = SPProjectorConfig(**WIDTHS)
-    windows, cells = geometry.spatial_windows(config), geometry.spatial_cells(config)
+    windows, cells = encode_windows(geometry.spatial_windows(config)), geometry.spatial_cells(config)
     grad = torch.randn(len(features), 6, config.spatial_width)
-    (dweight,) = benchmark(windowed_matmul_dweight_torch, grad, features, [cells], windows)
-    assert dweight.shape == (cells, config.vision_width, config.spatial_width)
+    out = torch.full((cells, config.vision_width, config.spatial_width), torch.nan)
+    benchmark(windowed_matmul_dweight, grad, features, [out], windows)
+    assert out.isfinite().all()
 
 
 @pytest.mark.benchmark(group="pooled rows")

@@ -285,10 +285,14 @@ def _poisoned(lhs: TensorHandle, rhs: TensorHandle) -> np.ndarray:
     return (lhs.data == INT32_POISON) | (rhs.data == INT32_POISON)
 
 
+_EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
 def _check_overflow(semantic: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, operation: Callable) -> None:
     if lhs.dtype != tl.int32:
         return
-    exact = operation(semantic.cast(lhs, tl.int64), semantic.cast(rhs, tl.int64), False).handle.data
+    # In numpy, not by the interpreter's own int64 operations: a third of all its time.
+    exact = _EXACTLY[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
     overflowing = (exact != exact.astype(np.int32)) & ~_poisoned(lhs.handle, rhs.handle)
     if overflowing.any():
         lanes = f"{overflowing.sum()} lanes of program {interpreter.interpreter_builder.grid_idx}"

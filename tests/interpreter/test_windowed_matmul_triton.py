@@ -15,7 +15,8 @@ from sp_fast.kernels.tiles import split_cells, windowed_tiles
 from sp_fast.kernels.window import Window, encode_windows
 from sp_fast.kernels.windowed_matmul import windowed_matmul
 from sp_fast.kernels.windowed_matmul_torch import windowed_matmul_torch
-from sp_fast.kernels.windowed_matmul_triton import partial_rows, plan_windows, windowed_matmul_triton
+from sp_fast.kernels.windowed_matmul_triton import windowed_matmul_triton
+from sp_fast.kernels.windowed_plan_triton import partial_rows, plan_windows
 from tests.test_windowed_matmul import CONFIGS, LAYOUTS, by_convolution, problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -157,7 +158,7 @@ def test_plan_of_the_published_windows():
     config = SPProjectorConfig()
     windows = geometry.spatial_windows(config) + geometry.detail_windows(config)
     single, many = plan_windows(windows, split_cells(1, torch.bfloat16))
-    assert partial_rows(single, many) == (4 + 16 + 36 + 64 + 100 + 144) + 32 * 25
+    assert partial_rows(single + many) == (4 + 16 + 36 + 64 + 100 + 144) + 32 * 25
     assert split_cells(64, torch.float16) == split_cells(1, torch.float16) != split_cells(65, torch.float16)
 
 
