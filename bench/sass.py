@@ -36,12 +36,13 @@ Loop = dict[str, int]
 class MachineCode:
     """Of one kernel. Opcodes are cut to their first word; those of memory keep a width beyond 32 bits: LDG.128.
 
-    ``loops``: instructions of every loop that multiplies or loads, by opcode.
+    ``loops``: instructions of every loop that multiplies or loads, by opcode; ``opcodes``: of the whole kernel.
     """
 
     registers: int  # a thread
     spills: int  # instructions that write or read spilled registers
     loops: tuple[Loop, ...]
+    opcodes: Loop
 
 
 def read_cubin(cubin: bytes) -> MachineCode:
@@ -67,7 +68,7 @@ def read_sass(text: str, registers: int) -> MachineCode:
         if predicate != "!PT"
     ]
     spills = sum(opcode.partition(".")[0] in SPILLS for _, opcode, _ in code)
-    return MachineCode(registers, spills, _loops(code))
+    return MachineCode(registers, spills, _loops(code), dict(Counter(opcode for _, opcode, _ in code)))
 
 
 def _short(opcode: str) -> str:

@@ -28,35 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from sp_fast.bench.cases import DTYPES
-from sp_fast.bench.sass import BULK_COPIES, COPIES, LOADS, PRODUCTS, SPILLS, Loop, blocks_per_multiprocessor, read_cubin
+from sp_fast.bench.breaches import WIDE_COPIES, Figures, breaches, kinds, pipeline_bytes
+from sp_fast.bench.sass import COPIES, LOADS, PRODUCTS, Loop, blocks_per_multiprocessor, read_cubin
 from sp_fast.bench.shipped import Configuration, Source
 from sp_fast.errors import ResourceError
 from sp_fast.kernels.launch import Launch
 from sp_fast.kernels.tiles import LARGE
-
-STREAM = "windowed_matmul_fwd"  # reads the weights, 1.8 GB: what limits small batches
-STREAM_BYTES = 64 * 1024  # on their way to a multiprocessor: twice what 4.3 TB/s over 132 of them need at 1 us latency
-TENSOR_CORES = {90: "HGMMA", 100: "UTCHMMA"}  # of 16-bit products; elsewhere HMMA
-EXACT_PRODUCTS = ("FFMA", "FFMA2")  # of float32, which is not to be rounded to tf32
-WIDE_COPIES = ("LDGSTS.128", *BULK_COPIES)
-KEEPS_HINTS = (3, 9)  # triton's first version whose asynchronous copies keep an L2 hint, from sm_90 on
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What a compiled kernel needs and does."""
-
-    registers: int  # a thread
-    spills: int  # instructions
-    shared_bytes: int  # a block
-    threads: int  # a block
-    blocks_per_multiprocessor: int
-    bytes_in_flight: int | None  # to a multiprocessor, of weights and rows; None: not the weight stream
-    loops: tuple[Loop, ...]
-    copies: int  # asynchronous ones, in all loops
-    wide_copies: int  # those of 128 bits a thread, or of the copy engine
-    hint_kept: bool | None  # None: no L2 hint was asked for
 
 
 @dataclass(frozen=True)
@@ -134,8 +111,8 @@ def _compile(source: Source) -> Figures:
     code, needs = read_cubin(compiled.asm["cubin"]), compiled.metadata
     blocks = blocks_per_multiprocessor(chip, code.registers, needs.shared, threads, needs.tmem_size)
     copied = {opcode: sum(loop.get(opcode, 0) for loop in code.loops) for opcode in COPIES}
-    kinds = _kinds(source)
-    hints = sum(constants[f"EVICT_{kind}"] == "evict_first" for kind in kinds)
+    loops = kinds(source)
+    hints = sum(constants[f"EVICT_{kind}"] == "evict_first" for kind in loops)
     policies = set(re.findall(r"cp\.async\S*L2::cache_hint [^;]*(%\w+);", compiled.asm["ptx"]))  # one a kind
     return Figures(
         registers=code.registers,
@@ -143,83 +120,13 @@ def _compile(source: Source) -> Figures:
         shared_bytes=needs.shared,
         threads=threads,
         blocks_per_multiprocessor=blocks,
-        bytes_in_flight=min((blocks * _pipeline_bytes(source, kind) for kind in kinds), default=None),
+        bytes_in_flight=min((blocks * pipeline_bytes(source, kind) for kind in loops), default=None),
         loops=code.loops,
+        opcodes=code.opcodes,
         copies=sum(copied.values()),
         wide_copies=sum(copied[opcode] for opcode in WIDE_COPIES),
         hint_kept=len(policies) >= hints if hints else None,
     )
-
-
-def _kinds(source: Source) -> list[str]:
-    """Windows of one output, of many: each kind has its own loop in the weight stream. Other kernels have none."""
-    return [kind for kind in ("SINGLE", "MANY") if source.kernel == STREAM and dict(source.constants)[kind]]
-
-
-def _tile_bytes(source: Source, rows: int = 0) -> int:
-    """Of a tile of the weight, and of as many rows beside it."""
-    constants = dict(source.constants)
-    return constants["BLOCK_K"] * (constants["BLOCK_D"] + rows) * DTYPES[source.dtype].itemsize
-
-
-def _pipeline_bytes(source: Source, kind: str) -> int:
-    """That a block has on their way: one stage's have arrived and are being multiplied."""
-    constants = dict(source.constants)
-    return (constants[f"STAGES_{kind}"] - 1) * _tile_bytes(source, constants[f"BLOCK_{kind}"])
-
-
-def breaches(configuration: Configuration, figures: Figures) -> list[str]:
-    """What is wrong, one sentence each: value, limit, way out."""
-    chip, found = configuration.source.chip, []
-    if figures.spills:
-        within = sum(n for loop in figures.loops for opcode, n in loop.items() if opcode.startswith(SPILLS))
-        found.append(
-            f"{figures.spills} instructions spill, {within} of them in main loops, where none is allowed, at "
-            f"{figures.registers} registers a thread: take more warps or smaller tiles"
-        )
-    if figures.shared_bytes > chip.shared_memory:
-        found.append(
-            f"{figures.shared_bytes} bytes of shared memory, where a block on sm_{chip.capability} has "
-            f"{chip.shared_memory}: take fewer stages or smaller tiles"
-        )
-    return found + (_stream_breaches(configuration, figures) if configuration.source.kernel == STREAM else [])
-
-
-def _stream_breaches(configuration: Configuration, figures: Figures) -> list[str]:
-    source, loops, found = configuration.source, figures.loops, []
-    capability, kinds, weight = source.chip.capability, len(_kinds(source)), _tile_bytes(source)
-    exact = source.dtype == "float32"
-    products = EXACT_PRODUCTS if exact else (TENSOR_CORES.get(capability, "HMMA"),)
-    multiplying = sum(any(map(loop.get, products)) for loop in loops)
-    if multiplying < kinds:
-        way_out = "keep input_precision='ieee'" if exact else "take tiles, and a side for the weights, that it can have"
-        found.append(f"{multiplying} of {kinds} main loops multiply with {' or '.join(products)}: {way_out}")
-    copied = [16 * figures.threads * loop.get("LDGSTS.128", 0) for loop in loops]
-    streaming = sum(n >= weight or any(map(loop.get, BULK_COPIES)) for n, loop in zip(copied, loops, strict=True))
-    if streaming < kinds:
-        found.append(
-            f"{streaming} of {kinds} main loops copy a weight tile of {weight} bytes asynchronously and 128 bits at a "
-            f"time; so copied are {copied} bytes: take 2 stages or more, and contiguous weights"
-        )
-    if waiting := sum(loop.get(opcode, 0) for loop in loops for opcode in LOADS):
-        found.append(
-            f"{waiting} loads in the main loops wait for memory, where none is allowed: copy asynchronously, and "
-            "compute indices instead of looking them up"
-        )
-    if capability == 90 and configuration.buckets != (LARGE,) and figures.bytes_in_flight < STREAM_BYTES:
-        found.append(
-            f"{figures.bytes_in_flight} bytes on their way to a multiprocessor, where the weight stream needs "
-            f"{STREAM_BYTES}: take more stages, larger tiles, or fewer registers for more blocks"
-        )
-    if figures.hint_kept is False and _keeps_hints(capability):
-        found.append("the L2 hint evict_first is lost, which this triton can keep: load the weights without a mask")
-    return found
-
-
-def _keeps_hints(capability: int) -> bool:
-    import triton
-
-    return capability >= 90 and tuple(map(int, triton.__version__.split(".")[:2])) >= KEEPS_HINTS
 
 
 def to_json(judgements: Sequence[Judgement], environment: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ columns are less traffic, and they take neither an atomic addition nor a second 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -95,11 +96,12 @@ def _column_product(
             g = tl.load(g_base[:, None] + k0 + offs_k[None, :], mask=g_mask, other=0.0)
             acc = tl.dot(g, tl.trans(w), acc, input_precision="ieee")
 
-    offs_row = (slot + q * outputs).to(tl.int64) * batch + offs_m
+    # A round's columns fit an int32: addresses of 64 bits for every element would not fit the registers.
+    base = columns_ptr + (slot + q * outputs).to(tl.int64) * batch * C
     if SWAPPED:
-        tl.store(columns_ptr + offs_row[None, :] * C + offs_c[:, None], acc, mask=mask_m[None, :] & mask_c[:, None])
+        tl.store(base + offs_m[None, :] * C + offs_c[:, None], acc, mask=mask_m[None, :] & mask_c[:, None])
     else:
-        tl.store(columns_ptr + offs_row[:, None] * C + offs_c[None, :], acc, mask=mask_m[:, None] & mask_c[None, :])
+        tl.store(base + offs_m[:, None] * C + offs_c[None, :], acc, mask=mask_m[:, None] & mask_c[None, :])
 
 
 @triton.jit
@@ -190,6 +192,7 @@ def windowed_matmul_drows_triton(
     columns = grad.new_empty(column_rows * images, width, dtype=torch.float32)
     chip = chip_of(grad.device)
     tiles = windowed_tiles(chip, grad.dtype, images, depth, width)  # here D is summed over, and C made
+    tiles = replace(tiles, block_many=min(tiles.block_many, 16 * tiles.warps))  # whose sums fit the registers
     constants = {
         "SINGLE": single, "MANY": many, "O": outputs, "C": width, "D": depth, "BLOCK_SINGLE": tiles.block_single,
         "BLOCK_MANY": tiles.block_many, "BLOCK_C": tiles.block_d, "BLOCK_K": tiles.block_k,
@@ -204,7 +207,7 @@ def windowed_matmul_drows_triton(
             count_units(plan, n, block_m, triton.cdiv(width, tiles.block_d))
             for plan, block_m in ((single, tiles.block_single), (many, tiles.block_many))
         )
-        registers = 255 if tiles.warps == 8 else None
+        registers = 255 if tiles.warps == 8 else 168
         Launch(_windowed_matmul_columns_kernel, (programs,), constants, tiles.warps, registers)(
             part, weights[0], weights[-1], columns, n
         )

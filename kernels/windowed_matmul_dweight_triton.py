@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sp_fast.kernels.device import chip_of
 from sp_fast.kernels.launch import Launch
 from sp_fast.kernels.tiles import OuterTiles, outer_tiles
 from sp_fast.kernels.window import Window
@@ -142,7 +143,7 @@ def windowed_matmul_dweight_triton(
     single, many = (
         tuple(w for w in plan if outs[w[WEIGHT.value]] is not None) for plan in plan_windows(windows, (1, 1))
     )
-    tiles = tiles or outer_tiles(rows.dtype, batch, width, depth)
+    tiles = tiles or outer_tiles(chip_of(rows.device), rows.dtype, batch, width, depth)
     constants = {
         "SINGLE": single, "MANY": many, "O": outputs, "C": width, "D": depth, "BLOCK_SINGLE": tiles.block_single,
         "BLOCK_MANY": tiles.block_many, "BLOCK_C": tiles.block_c, "BLOCK_D": tiles.block_d, "STAGES": tiles.stages,

@@ -49,9 +49,13 @@ def count_units(plan: Plan, batch: int, block_m: int, tiles: int) -> int:
 def find_window(unit, batch, WINDOWS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr):  # noqa: ANN201
     """The window of a unit: the last whose first unit is not beyond it. Its fields come out of a chain of selects, and
     after them, in place of CELLS and SPLITS, the unit's place in it."""
-    outputs, out_width, step, origin, width, row_stride = 1, 1, 1, 0, 1, 0
-    cell, cells, weight, slot, output, start, first = 0, 0, 0, 0, 0, 0, 0
-    for i in tl.static_range(len(WINDOWS)):
+    # The first window's constants stay constants where it is the only one, and divisions by them multiplications.
+    outputs, out_width, step = WINDOWS[0][OUTPUTS], WINDOWS[0][OUT_WIDTH], WINDOWS[0][STEP]
+    origin, width, row_stride = WINDOWS[0][ORIGIN], WINDOWS[0][WIDTH], WINDOWS[0][ROW_STRIDE]
+    cell, cells, weight = WINDOWS[0][CELL], WINDOWS[0][CELLS], WINDOWS[0][WEIGHT]
+    slot, output, start = WINDOWS[0][SLOT], WINDOWS[0][FIRST], 0
+    first = WINDOWS[0][SPLITS] * TILES * ((batch * WINDOWS[0][OUTPUTS] + BLOCK_M - 1) // BLOCK_M)
+    for i in tl.static_range(1, len(WINDOWS)):
         if unit >= first:
             outputs = WINDOWS[i][OUTPUTS]
             out_width = WINDOWS[i][OUT_WIDTH]

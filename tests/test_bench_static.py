@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from sp_fast import SPProjectorConfig
 from sp_fast.bench import shipped, static
+from sp_fast.bench.breaches import COLUMNS, STREAM, STREAM_BYTES, WRITE_STREAM, breaches
 from sp_fast.bench.cases import DTYPES
 from sp_fast.bench.sass import blocks_per_multiprocessor, read_sass
 from sp_fast.bench.shipped import VARIANTS, configurations
-from sp_fast.bench.static import STREAM, STREAM_BYTES, breaches, judge, to_json
+from sp_fast.bench.static import judge, to_json
 from sp_fast.cli import app
 from sp_fast.kernels.device import CHIPS, Chip
 from sp_fast.kernels.tiles import BUCKETS, LARGE, bucket_of
@@ -83,6 +84,24 @@ def test_the_weight_stream_is_sound(chip, batch, dtype, product):
     assert figures.blocks_per_multiprocessor >= 1
     assert figures.bytes_in_flight >= STREAM_BYTES or chip != 90
     assert figures.hint_kept is (KEEPS_HINTS and chip >= 90)
+
+
+@pytest.mark.parametrize("kernel", [WRITE_STREAM, COLUMNS])
+def test_the_gradients_streams_are_sound(kernel):
+    configuration = shipped_for(90, 1, kernel=kernel)
+    found = judge(configuration)
+    assert found.breaches == ()
+    opcodes = found.figures.opcodes
+    changes = {"HGMMA": "nothing multiplies with HGMMA"}
+    changes |= (
+        {"STG.128": "bytes are written 128 bits at a time"}
+        if kernel == WRITE_STREAM
+        else {"LDGSTS.128": "no weight is copied"}
+    )
+    for opcode, sentence in changes.items():
+        without = replace(found.figures, opcodes={key: n for key, n in opcodes.items() if key != opcode})
+        (named,) = breaches(configuration, without)
+        assert sentence in named
 
 
 FAULTS = {

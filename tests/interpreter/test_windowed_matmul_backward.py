@@ -178,7 +178,7 @@ def test_a_row_gradient_in_several_rounds(monkeypatch):
 def test_tiles_are_schedule_only():
     rows, weights, windows = problem(TINY, 3, torch.float32)
     grad = cotangent_of(windows, 3, 5, torch.float32)
-    tiles = outer_tiles(rows.dtype, 3, 6, 5)
+    tiles = outer_tiles(CHIPS[90], rows.dtype, 3, 6, 5)
     found = []
     for change in ({}, {"block_c": 32}, {"block_d": 64}, {"block_single": 32, "stages": 3}):
         outs = [torch.empty_like(w) for w in weights]
