@@ -103,17 +103,18 @@ def accuracy(build, dtype, seeds, batch):
     pools = {}
     for seed in range(seeds):
         projector = build(seed)
-        x = features_for(projector.config, batch, dtype, seed)
+        device = next(projector.parameters()).device
+        x = features_for(projector.config, batch, dtype, seed).to(device)
         modules = {
             "fast": projector,
-            "torch": reference_of(projector),
-            "exact": reference_of(copy.deepcopy(projector).double()),
+            "torch": reference_of(projector).to(device),
+            "exact": reference_of(copy.deepcopy(projector).double()).to(device),
         }
         for kind, module in modules.items():
             features = x.detach().to(next(module.parameters()).dtype, copy=True).requires_grad_()
             output = module.intermediates(features)
             cotangent = torch.randn(output.tokens.shape, generator=torch.Generator().manual_seed(seed))
-            output.tokens.backward(cotangent.to(dtype).to(features.dtype))
+            output.tokens.backward(cotangent.to(dtype).to(features))
             found = {"spatial": output.tokens[:, : projector.config.spatial_tokens], "tokens": output.tokens}
             found |= {"z_small": output.z_small, "input": features.grad}
             for i, (z, attention) in enumerate(zip(output.z_big, output.attention, strict=True)):

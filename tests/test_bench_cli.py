@@ -167,6 +167,7 @@ def test_the_gpu_parts_are_what_performance_is_judged_by(tmp_path):
     assert accuracy.turns == 0
 
 
+@pytest.mark.campaign
 def test_gpu_processes_are_reused_for_the_next_variant(tmp_path):
     """With real processes: three dtypes of two variants are built one after another in the same three."""
     command = [

@@ -70,7 +70,7 @@ def test_tables_for_people(tiny):
         assert text in result.stdout
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.campaign)])
 def test_half_precision_agrees(tiny, dtype):
     result = run([*tiny, "--json", "--dtype", dtype, "--backward"])
     assert result.exit_code == 0, result.output
