@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sp_fast import geometry
 from sp_fast.config import SPProjectorConfig
+from sp_fast.interface import check_dtype
 from sp_fast.kernels.pooled_rows import pooled_rows
 from sp_fast.kernels.window import encode_windows
 from sp_fast.kernels.windowed_matmul import windowed_matmul
@@ -49,6 +50,7 @@ class WindowedExtractor(nn.Module):
 
     def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
         config = self.config
+        check_dtype(patch_features, next(self.parameters()))
         rows = pooled_rows(patch_features, config.grid, self._origin, config.map_size, self._pooled, backend)
         return windowed_matmul(rows, self._weights(), self._encoded, backend)
 
@@ -68,6 +70,7 @@ class TransformerExtractor(nn.Module):
         self.queries = nn.ParameterList(torch.zeros(1, 1, config.vision_width, **factory) for _ in config.levels)
 
     def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
+        check_dtype(patch_features, next(self.parameters()))
         grid_map = patch_features.unflatten(1, (self.config.grid, self.config.grid))
         batch = patch_features.shape[0]
         tokens = [

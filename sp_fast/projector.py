@@ -14,7 +14,7 @@ from sp_fast.backend import Backend, check_backend, choose_backend
 from sp_fast.config import NAN_PLACES, SPProjectorConfig
 from sp_fast.extractors import EXTRACTORS
 from sp_fast.integrator import NORM_EPS, DetailIntegrator, finite_where, init_linear, is_plain
-from sp_fast.interface import ProjectorOutput, check_dtype, check_patch_features
+from sp_fast.interface import ProjectorOutput, check_patch_features
 from sp_fast.kernels.token_head import token_head
 
 
@@ -107,7 +107,6 @@ class SPProjector(nn.Module):
     def _run(self, patch_features: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Tokens, what the extractor gave, attention."""
         check_patch_features(patch_features, self.config)
-        check_dtype(patch_features, next(self.extractor.parameters()))
         backend = self._backend_for(patch_features).name
         z = self.extractor(patch_features, backend)
         if backend == "triton" and is_plain(self):
@@ -120,9 +119,13 @@ class SPProjector(nn.Module):
         """Spatial features and detail maps, finite where the configuration says so."""
         config = self.config
         if not config.attends:
-            return finite_where("spatial", z, config), ()
+            return finite_where(self._spatial_place(), z, config), ()
         z_small, *z_big = z.split([config.spatial_tokens, *self._detail_outputs()], dim=1)
         return finite_where("spatial", z_small, config), tuple(finite_where("detail", z, config) for z in z_big)
+
+    def _spatial_place(self) -> str:
+        """Where nan_to_num applies to what gives the spatial tokens: without levels that is a detail map."""
+        return "spatial" if self.config.levels else "detail"
 
     def _detail_outputs(self) -> list[int]:
         return [side * side for side in self.config.detail_sides] if self.config.attends else []
@@ -133,9 +136,11 @@ class SPProjector(nn.Module):
             "details": self._detail_outputs(),
             "projections": [] if self.integrator is None else self.integrator.projections(),
             "output": (self.output.weight, self.output.bias),
-            "patch_mlp": [*self.patch_mlp[0].parameters(), *self.patch_mlp[2].parameters()] if with_patches else [],
+            "patch_mlp": [t for i in (0, 2) for t in (self.patch_mlp[i].weight, self.patch_mlp[i].bias)]
+            if with_patches
+            else [],
             "concat": self.config.detail_fusion == "concat",
-            "finite": [place in self.config.nan_to_num for place in NAN_PLACES],
+            "finite": [place in self.config.nan_to_num for place in (self._spatial_place(), *NAN_PLACES[1:])],
             "eps": NORM_EPS,
         }
 
