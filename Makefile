@@ -60,6 +60,6 @@ $(VENV)/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("python 3.11 or newer is needed: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77" wheel
-	$(PIP) $(CPU_INDEX) $(TORCH) || $(PIP) $(TORCH)
+	$(PIP) --retries 1 $(CPU_INDEX) $(TORCH) || $(PIP) $(TORCH)
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev,bench]"
 	touch $@

@@ -36,18 +36,19 @@ def local(monkeypatch, local_workers):
     monkeypatch.setattr(worker, "measure_peaks", lambda *_: Peaks(20.0, 22.0, rates))
 
 
-def test_a_whole_run_with_real_processes(tmp_path):
-    """From the checkout's root, nothing installed: ours, torch.compile, a file, figures, and one JSON object."""
+@pytest.mark.parametrize("other", ["linear", pytest.param("compiled", marks=pytest.mark.campaign)])
+def test_a_whole_run_with_real_processes(tmp_path, other):
+    """From the checkout's root, nothing installed: ours, a baseline, a file, figures, and one JSON object."""
     out, figures = tmp_path / "a.jsonl", tmp_path / "figures"
     command = [sys.executable, "-m", "sp_fast.bench", *TINY, "--batch", "2", "--implementation", "fast", "--implementation",
-               "compiled", "--out", out, "--plot", figures, "--json"]  # fmt: skip
+               other, "--out", out, "--plot", figures, "--json"]  # fmt: skip
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     values = json.loads(result.stdout)
     found = read_records(out)
     assert [(r["direction"], r["implementation"]) for r in values["records"]] == [
-        (direction, name) for direction in ("forward", "both") for name in ("fast", "compiled")
+        (direction, name) for direction in ("forward", "both") for name in ("fast", other)
     ]
     for r in found:
         assert r.withheld is None
@@ -55,7 +56,7 @@ def test_a_whole_run_with_real_processes(tmp_path):
         assert r.threads == 1
         assert r.environment["torch"] == torch.__version__
         assert r.peaks["read_gbps"] > 0
-    assert [case["best_baseline"] for case in values["cases"]] == ["compiled", "compiled"]
+    assert [case["best_baseline"] for case in values["cases"]] == [other, other]
     assert len(list(figures.iterdir())) == 6
 
 

@@ -82,12 +82,10 @@ def test_disagreement_is_exit_code_1(tiny, monkeypatch):
         return compare(name, fast * (1 + 1e-4) if name == "z_small.1" else fast, reference, exact, dtype)
 
     monkeypatch.setattr(verify_module, "compare", shifted)
-    result = run([*tiny, "--json"])
+    result = run(tiny)
     assert result.exit_code == 1
-    report = json.loads(result.stdout)
-    assert report["agrees"] is False
-    assert report["forward"]["failed"] == ["z_small.1"]
-    assert "disagree" in run(tiny).stdout
+    assert "disagree" in result.stdout
+    assert "z_small.1" in result.stdout
 
 
 def test_wrong_input_is_exit_code_1_with_one_line(tiny, tmp_path):

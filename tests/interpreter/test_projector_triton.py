@@ -25,13 +25,13 @@ from tests.helpers import (
     reference_of,
     shrunk,
 )
-from tests.test_golden import GRADIENT, assert_close
+from tests.test_golden import GRADIENT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRADIENT_SAMPLE = {"tfm_pooling"}
 ACCURACY_SAMPLE = {
     (torch.float32, "conv336_cropping_sfe_dfi"),
-    (torch.bfloat16, "conv336_pooling_sfe"),
+    (torch.bfloat16, "conv336_24"),
     (torch.bfloat16, "conv336_conv_49"),
     (torch.float16, "sliding-dfi"),
     (torch.float16, "tfm336"),
@@ -86,18 +86,36 @@ WITH_GRADIENTS = [n for n in golden_names(anyres=False) if golden(n).metadata["g
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", sampled([(n,) for n in WITH_GRADIENTS], lambda _, case: case[0] in GRADIENT_SAMPLE))
 def test_golden_gradients(name):
-    """The official code's own gradients, as closely in float32 as the plain torch path has to give them in float64."""
+    """The official code's own gradients to the golden tests' tolerance, or, where plain torch in float32 misses that
+    itself (transformers), to 1.5 times its error."""
     file = golden(name)
     projector = on_triton(file.load())
-    x = file.tensors["input.patch_features"].clone().requires_grad_()
-    (projector(x) * file.tensors["grad.output"]).sum().backward()
-    assert_close(x.grad, file.tensors["grad.input.patch_features"], GRADIENT, "input")
-    stored = {key.removeprefix("grad.model."): t for key, t in file.tensors.items() if key.startswith("grad.model.")}
-    gradients = official_gradients(projector)
-    assert stored
+    stored = {
+        key.removeprefix("grad."): t
+        for key, t in file.tensors.items()
+        if key.startswith(("grad.model.", "grad.input."))
+    }
+    found = []
+    for module in (projector, reference_of(projector)):
+        x = file.tensors["input.patch_features"].clone().requires_grad_()
+        (module(x) * file.tensors["grad.output"]).sum().backward()
+        gradients = {f"model.{key}": gradient for key, gradient in official_gradients(module).items()}
+        found.append(gradients | {"input.patch_features": x.grad})
+    assert len(stored) > 3
     for key, expected in stored.items():
-        if not (key.startswith("key_projector") and key.endswith("bias")):  # which vanish: softmax is blind to them
-            assert_close(gradients[key], expected, GRADIENT, key)
+        if "key_projector" in key and key.endswith("bias"):
+            continue  # they vanish: softmax is blind to what all keys share
+        errors = [relative_errors(gradients[key], expected.double()) for gradients in found]
+        for ours, plain in zip(*errors, strict=True):
+            assert ours <= max(GRADIENT, 1.5 * plain), (key, ours, plain)
+
+
+def relative_errors(got, expected):
+    """In norm, and in the largest element."""
+    finite = expected.isfinite()
+    assert torch.equal(got.isfinite(), finite)
+    difference = (got - expected)[finite]
+    return difference.norm() / expected[finite].norm(), difference.abs().max() / expected[finite].abs().max()
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -55,8 +55,8 @@ FORWARD = [
         for name in (
             "every_batch_bucket[9]",  # two tiles of images
             "accuracy_beside_plain_torch[crop+detail-sm_90-torch.bfloat16]",  # weights on the M side
-            "widths_that_tiles_do_not_divide[40-100]",
-            "widths_that_tiles_do_not_divide[200-17]",
+            "widths_that_tiles_do_not_divide[100-40]",
+            "widths_that_tiles_do_not_divide[17-200]",
             "rows_beyond_two_billion_elements",
             "weights_beyond_two_billion_elements",
             "plan_of_the_published_windows",
