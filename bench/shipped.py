@@ -129,10 +129,13 @@ def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: 
         tokens = empty(batch, spatial + config.patch_tokens, config.text_width)
         output = empty(config.text_width, config.fused_width)
         spatial_tail_triton(tokens, tail, z, details, projections, output, bias, concat, finite, 1e-5)
-        spatial_tail_backward_triton(
-            tail.activated, None, tail, z, details, projections, [True] * len(projections), concat, finite
-        )
-        windowed_matmul_dweight_triton(z, rows, weights, windows, False)
+        for dattention in (None, tail.attention):  # with a loss on the attention, too
+            spatial_tail_backward_triton(
+                tail.activated, dattention, tail, z, details, projections, [True] * len(projections), concat, finite
+            )
+        wide = [torch.empty_like(weight, dtype=torch.float32) for weight in weights]
+        for buffers, add in itertools.product((weights, wide), (False, True)):
+            windowed_matmul_dweight_triton(z, rows, buffers, windows, add)
         drows = windowed_matmul_drows_triton(z, rows, weights, windows)
         if levels:
             pooled_rows_backward_triton(drows, *square)

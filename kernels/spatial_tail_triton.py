@@ -15,6 +15,7 @@ would gain nothing there. What it saves that a compiler cannot: LayerNorm inside
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -24,7 +25,7 @@ from sp_fast.kernels.device import chip_of
 from sp_fast.kernels.gelu_rows_triton import gelu
 from sp_fast.kernels.launch import Launch
 from sp_fast.kernels.spatial_tail import SpatialTail, detail_constants, pick
-from sp_fast.kernels.tiles import attend_tiles, product_tiles
+from sp_fast.kernels.tiles import attend_tiles, power_of_two, product_tiles
 
 
 @triton.jit
@@ -282,7 +283,9 @@ def spatial_tail_triton(
             programs = (m_tiles * triton.cdiv(width, tiles.block_n), 3)
             project = Launch(_spatial_project_fwd_kernel, programs, constants, tiles.warps, registers=160)
             project(z, *projections[12 * i : 12 * (i + 1)], tail.projected, tail.statistics, batch, eps)
-        tiles = attend_tiles(chip, z.dtype, spatial, outputs, width)
+        # Without keys only the tile of D counts.
+        tiles = attend_tiles(chip, z.dtype, spatial if outputs else 1, outputs, width)
+        tiles = replace(tiles, block_t=power_of_two(spatial))
         constants = {
             **pick(place, _spatial_attend_fwd_kernel), **tiles.constants, "ADD": not concat and i > 0,
             "ACTIVATE": concat or i == len(details) - 1,

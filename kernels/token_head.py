@@ -54,7 +54,7 @@ def token_head(
     Returns:
         tokens ``[B, T + N, H]``, and the attention ``[B, T, O]`` of each detail.
     Raises:
-        ValueError: tensors of several types without autocast; only LayerNorm's may differ.
+        ValueError: tensors of several types without autocast, of which only LayerNorm's may differ, or several devices.
     Gradients: for every tensor, each only where asked for; differentiable once.
     """
     weight, bias = output
@@ -62,6 +62,8 @@ def token_head(
     z, weight, *rest = autocast_tensors(z, weight, *(t for t, norm in zip(projections, norms, strict=True) if not norm))
     # Normalisation weights stay as they are, as under torch's own autocast.
     projections = [t if norm else rest.pop(0) for t, norm in zip(projections, norms, strict=True)]
+    if len({t.dtype for t, norm in zip(projections, norms, strict=True) if norm}) > 1:  # a kernel takes one type
+        projections = [t.float() if norm else t for t, norm in zip(projections, norms, strict=True)]
     if bias is not None:
         (bias,) = autocast_tensors(bias)
     if patch_features is not None:
@@ -78,6 +80,9 @@ def token_head(
                     f"the spatial features are {z.dtype} but the {name} {t.dtype}: cast them to one type "
                     f"(module.to({z.dtype})), or run under torch.autocast"
                 )
+    for t in (*projections, weight, *patch_mlp):
+        if t.device != z.device:
+            raise ValueError(f"the spatial features are on {z.device} but a parameter on {t.device}: move one of them")
     with no_autocast(z):
         tokens, _, attention, *_ = _forward_op(
             z, patch_features, list(details), projections, weight, bias, list(patch_mlp), concat, list(finite), eps
@@ -113,7 +118,7 @@ def _forward_op(
         weight1, bias1, weight2, bias2 = patch_mlp
         # One product with its bias inside; F.linear would batch it where a CLS token was cut off.
         rows = patch_features.reshape(-1, patch_features.shape[2])
-        hidden = torch.addmm(bias1, rows, weight1.t()).view(*patch_features.shape[:2], -1)
+        torch.addmm(bias1, rows, weight1.t(), out=hidden.view(-1, hidden.shape[2]))
         activated = gelu_rows_triton(hidden, room=spatial)
         torch.addmm(bias2, activated.flatten(0, 1), weight2.t(), out=tokens.view(-1, tokens.shape[2]))
     tail = SpatialTail(*tail)

@@ -91,4 +91,5 @@ def _patch_backward(
             dhidden.t() @ patch_features.flatten(0, 1) if wants_w1 else None,
             dhidden.sum(0) if wants_b1 else None,
         ]
+        del dhidden  # as large as what comes next
     return [*found, rows.t() @ F.gelu(hidden) if wants_w2 else None, rows.sum(0) if wants_b2 else None]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sp_fast.kernels.autocast import autocast_tensors, no_autocast
+from sp_fast.kernels.device import why_not_triton
 from sp_fast.kernels.window import Window, decode_windows
 from sp_fast.kernels.windowed_matmul_torch import (
     dense_rows,
@@ -43,11 +44,13 @@ def windowed_matmul(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[i
     if not weights or not windows:
         raise ValueError("there is nothing to multiply: give at least one weight and one window")
     rows, *weights = autocast_tensors(rows, *weights)
+    _check_backend(backend, len(weights))
     _check(rows, weights, decode_windows(windows))
     with no_autocast(rows):
         return _forward_op(rows, list(weights), list(windows), backend)
 
 
+@torch.no_grad()
 def windowed_matmul_dweight(
     grad: Tensor,
     rows: Tensor,
@@ -71,6 +74,13 @@ def windowed_matmul_dweight(
         ValueError: shapes, dtypes or devices that do not belong together, or a buffer that is not contiguous.
     """
     found = decode_windows(windows)
+    _check_backend(backend, len(outs))
+    if backend == "triton" and (reason := why_not_triton(rows.device, rows.dtype)):
+        raise ValueError(f"backend='triton' cannot run here, since {reason}: use backend='torch'")
+    if not found:
+        raise ValueError("there is nothing to multiply: give at least one window")
+    if grad.device != rows.device:
+        raise ValueError(f"the gradient is on {grad.device} but the rows on {rows.device}: move one of them")
     if rows.dim() != 3 or grad.shape[:2] != (len(rows), sum(w.outputs for w in found)) or grad.dtype != rows.dtype:
         raise ValueError(
             f"a gradient {grad.dtype} of shape {tuple(grad.shape)} does not belong to rows {rows.dtype} of shape "
@@ -88,6 +98,13 @@ def windowed_matmul_dweight(
     _check_windows(rows, [None if out is None else len(out) for out in outs], found)
     if asked:
         _write_dweight(grad.contiguous(), dense_rows(rows), outs, found, add, backend)
+
+
+def _check_backend(backend: str, weights: int) -> None:
+    if backend not in _FORWARDS:
+        raise ValueError(f"backend={backend!r} is none of {', '.join(map(repr, _FORWARDS))}")
+    if backend == "triton" and weights > 2:
+        raise ValueError(f"the Triton kernels take one or two packed weights, not {weights}: use backend='torch'")
 
 
 def _check(rows: Tensor, weights: Sequence[Tensor], windows: list[Window]) -> None:
@@ -234,12 +251,12 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
     wants_rows, wants_weights, *_ = ctx.needs_input_grad
     drows, dweights = None, [None] * len(weights)
     with no_autocast(grad):
+        if wants_rows:  # first: its scratch is free again before gigabytes of gradients are made
+            drows = _drows_op(grad, rows, weights, ctx.windows, ctx.backend)
         if any(wants_weights):
             cells = [len(weight) * wanted for weight, wanted in zip(weights, wants_weights, strict=True)]
             found = _dweight_op(grad, rows, cells, ctx.windows, ctx.backend)
             dweights = [dweight if wanted else None for dweight, wanted in zip(found, wants_weights, strict=True)]
-        if wants_rows:
-            drows = _drows_op(grad, rows, weights, ctx.windows, ctx.backend)
     return drows, dweights, None, None
 
 

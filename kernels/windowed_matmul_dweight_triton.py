@@ -150,6 +150,8 @@ def windowed_matmul_dweight_triton(
         "ADD": add,
     }  # fmt: skip
     cells = sum(w.cells for w in windows if outs[w.weight] is not None)
+    if not cells:
+        return
     programs = cells * triton.cdiv(width, tiles.block_c) * triton.cdiv(depth, tiles.block_d)
     first, last = (asked[0] if out is None else out for out in (outs[0], outs[-1]))
     Launch(_windowed_matmul_dweight_kernel, (programs,), constants, tiles.warps, tiles.registers)(

@@ -87,6 +87,9 @@ def _product(
     jump = (row_stride - width) * C
 
     acc = tl.zeros((BLOCK_D, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_D), tl.float32)
+    # A float32 product is a chain of additions: cell by cell, as long as those of plain torch, and then summed.
+    CELL_BY_CELL: tl.constexpr = weight0_ptr.dtype.element_ty == tl.float32
+    total = tl.zeros((BLOCK_D, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_D), tl.float32)
     for t in tl.range(0, tl.minimum(SPLIT, cells - q0) * K_BLOCKS, num_stages=STAGES):
         # Computed, never looked up: an index load in this loop would take the pipeline's stages.
         q = t // K_BLOCKS
@@ -106,6 +109,12 @@ def _product(
             x_mask = mask_m[:, None] if EVEN_K else mask_m[:, None] & (k0 + offs_k < C)[None, :]
             x = tl.load(x_base[:, None] + x_offset + offs_k[None, :], mask=x_mask, other=0.0)
             acc = tl.dot(x, w, acc, input_precision="ieee")
+        if CELL_BY_CELL:
+            last = k0 + BLOCK_K >= C
+            total += tl.where(last, acc, 0.0)
+            acc = tl.where(last, 0.0, acc)
+    if CELL_BY_CELL:
+        acc = total
 
     offs_row = (slot + split * outputs).to(tl.int64) * batch + offs_m
     if SWAPPED:
@@ -203,12 +212,10 @@ def windowed_matmul_triton(
         rows: ``[B, R, C]``, copied where channels or rows are not contiguous; any stride between images.
         weights: one or two packed weights, contiguous; 16-byte alignment is fast, any is right.
     Raises:
-        ValueError: more than two weights, or one that is not contiguous: a silent copy of it would be gigabytes.
+        ValueError: a weight that is not contiguous: a silent copy of it would be gigabytes.
     """
     batch, _, width = rows.shape
     depth = weights[0].shape[2]
-    if len(weights) > 2:
-        raise ValueError(f"the Triton kernels take one or two packed weights, not {len(weights)}: use backend='torch'")
     for weight in weights:
         if not weight.is_contiguous():
             raise ValueError(

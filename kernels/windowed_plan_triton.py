@@ -47,8 +47,8 @@ def count_units(plan: Plan, batch: int, block_m: int, tiles: int) -> int:
 
 @triton.jit
 def find_window(unit, batch, WINDOWS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr):  # noqa: ANN201
-    """The window of a unit: the last whose first unit is not beyond it. Its fields come out of a chain of selects, and
-    after them, in place of CELLS and SPLITS, the unit's place in it."""
+    """The window of a unit, the last whose first unit is not beyond it: its fields, and in place of SPLITS the unit's
+    number in it."""
     # The first window's constants stay constants where it is the only one, and divisions by them multiplications.
     outputs, out_width, step = WINDOWS[0][OUTPUTS], WINDOWS[0][OUT_WIDTH], WINDOWS[0][STEP]
     origin, width, row_stride = WINDOWS[0][ORIGIN], WINDOWS[0][WIDTH], WINDOWS[0][ROW_STRIDE]

@@ -65,7 +65,13 @@ def is_plain(projector: nn.Module) -> bool:
     parts = (projector.integrator, projector.output, projector.patch_mlp)
     modules = [module for part in parts if part is not None for module in part.modules()]
     layers = [type(layer) for layer in projector.patch_mlp]
-    return layers == [nn.Linear, nn.GELU, nn.Linear] and all(map(_is_plain_layer, modules))
+    whole = all(_is_whole(module) for module in modules if module is not projector.output)
+    return layers == [nn.Linear, nn.GELU, nn.Linear] and whole and all(map(_is_plain_layer, modules))
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """True where a layer has the weight and bias that it was built with; of an output layer the bias may be missing."""
+    return not isinstance(module, nn.Linear | nn.LayerNorm) or (module.weight is not None and module.bias is not None)
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -100,7 +100,7 @@ class SPProjector(nn.Module):
 
     def _backend_for(self, tensor: Tensor) -> Backend:
         kind, dtype = tensor.device.type, tensor.dtype
-        if torch.is_autocast_enabled(kind):
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(kind)
         return choose_backend(self._requested, tensor.device, dtype)
 

@@ -107,7 +107,7 @@ def test_a_training_step_in_a_cuda_graph():
 
 
 def test_a_frozen_extractor_writes_no_gradient():
-    """Beyond what is saved and the head's own gradients, nothing near the 0.9 GB of the weights."""
+    """Beyond what is saved and the head's own gradients, nothing near the 1.0 GB of the weights."""
     module, x = projector(), features(1)
     module.extractor.requires_grad_(False)
     module(x).sum().backward()

@@ -316,6 +316,34 @@ def test_changed_layers_are_never_bypassed():
         assert not torch.allclose(projector(x), untouched(x), atol=1e-6), name
 
 
+def test_layers_without_bias_are_called():
+    """The fused head reads weights and biases; a layer that lacks one is no layer that it knows."""
+    changes = {
+        "patch_mlp.0": lambda: nn.Linear(16, 24, bias=False),
+        "integrator.key.0.1": lambda: nn.Linear(8, 8, bias=False),
+        "integrator.query.0.0": lambda: nn.LayerNorm(8, elementwise_affine=False),
+    }
+    for place, change in changes.items():
+        projector, torch_path, layer = build(), build(backend="torch"), change()
+        for one in (projector, torch_path):
+            one.set_submodule(place, copy.deepcopy(layer))
+        x = features_for(projector.config, 1)
+        torch.testing.assert_close(projector(x), torch_path(x), msg=place)
+
+
+def test_normalisations_of_several_types_under_autocast():
+    projector, torch_path = build(dtype=torch.bfloat16), build(dtype=torch.bfloat16, backend="torch")
+    x = features_for(projector.config, 2, torch.bfloat16)
+    for one in (projector, torch_path):
+        one.integrator.value.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            one(x).float().square().sum().backward()
+    torch.testing.assert_close(
+        projector.integrator.value[0][0].weight.grad, torch_path.integrator.value[0][0].weight.grad, rtol=0.1, atol=0.1
+    )
+    assert projector.integrator.query[0][0].weight.grad.dtype == torch.bfloat16
+
+
 def test_strided_weights_and_mixed_types():
     projector = build()
     x = features_for(projector.config, 1)
@@ -346,6 +374,8 @@ def test_what_cannot_run_is_refused_with_the_reason(monkeypatch):
     double = build(dtype=torch.float64)
     with pytest.raises(BackendError, match=r"torch\.float64 is none of .*: use backend='auto' or 'torch'"):
         double(features_for(double.config, 1, torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(BackendError, match=r"torch\.float64 is none of"):
+        double(features_for(double.config, 1, torch.float64))  # which autocast leaves alone
     projector = build()
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(BackendError, match="the tensors are on cpu, not on an NVIDIA GPU"):

@@ -227,3 +227,35 @@ def test_opcheck_of_the_gradients():
         torch.library.opcheck(torch.ops.sp_fast.windowed_matmul_dweight.default, arguments)
     arguments = (grad, rows, weights, encoded, "triton")
     torch.library.opcheck(torch.ops.sp_fast.windowed_matmul_drows.default, arguments)
+
+
+def test_buffers_that_cannot_be_written_are_refused():
+    rows, weights, windows = problem(TINY, 2, torch.float32)
+    encoded, grad = encode_windows(windows), cotangent_of(windows, 2, 5, torch.float32)
+    good = [torch.empty_like(w) for w in weights]
+    strided = torch.empty(len(weights[0]), 5, 6).transpose(1, 2)
+    cases = {
+        "one or two packed weights, not 3: use backend='torch'": (grad, rows, [*good, good[0]], encoded, "triton"),
+        "backend='auto' is none of 'torch', 'triton'": (grad, rows, good, encoded, "auto"),
+        "give at least one window": (grad, rows, good, [], "triton"),
+        "does not belong to rows": (grad[:, 1:], rows, good, encoded, "torch"),
+        "float64 is none of": (grad.double(), rows.double(), [g.double() for g in good], encoded, "triton"),
+        "is written in torch.float32 or float32": (grad, rows, [g.half() for g in good], encoded, "triton"),
+        "is a contiguous": (grad, rows, [strided, good[1]], encoded, "triton"),
+        "leaves the weights": (grad, rows, [good[0][1:], good[1]], encoded, "triton"),
+        "the gradient is on meta but the rows on cpu": (grad.to("meta"), rows, good, encoded, "torch"),
+    }
+    for message, (*arguments, backend) in cases.items():
+        with pytest.raises(ValueError, match=message):
+            windowed_matmul_dweight(*arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_buffer_never_joins_the_graph(backend):
+    """Of rows that want a gradient themselves: the vision tower is not frozen."""
+    rows, weights, windows = problem(TINY, 2, torch.float32)
+    encoded, grad = encode_windows(windows), cotangent_of(windows, 2, 5, torch.float32)
+    outs = [torch.zeros_like(w) for w in weights]
+    for add in (False, True):
+        windowed_matmul_dweight(grad, rows.requires_grad_(), outs, encoded, add=add, backend=backend)
+    assert not any(out.requires_grad for out in outs)

@@ -185,6 +185,6 @@ def test_refusals_name_the_way_out():
     with pytest.raises(ValueError, match=r"need contiguous packed weights.*call \.contiguous\(\) once"):
         windowed_matmul_triton(rows, [weights[0].transpose(1, 2).contiguous().transpose(1, 2), weights[1]], windows)
     with pytest.raises(ValueError, match="take one or two packed weights, not 3: use backend='torch'"):
-        windowed_matmul_triton(rows, [*weights, weights[0]], windows)
+        windowed_matmul(rows, [*weights, weights[0]], encode_windows(windows), "triton")
     with pretend(replace(CHIPS[86], shared_memory=1000)), pytest.raises(ValueError, match="this GPU .* has 1000: use"):
         windowed_matmul_triton(rows, weights, windows)

@@ -34,7 +34,11 @@ from tests.mutation.operators import Mutant, mutants
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 30
-SCHEDULE = {"kernels/device.py", "kernels/launch.py", "kernels/tiles.py"}  # a mutant there changes no result
+SCHEDULE = {
+    "kernels/device.py",
+    "kernels/launch.py",
+    "kernels/tiles.py",
+}  # choices: a wrong one is right, slow or refused
 
 MATMUL, GEOMETRY = "tests/test_windowed_matmul.py", "tests/test_geometry.py"
 WINDOWED, GRADIENTS, POOLED, PROJECTOR, MUTANTS = (
