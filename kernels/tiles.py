@@ -24,8 +24,7 @@ SWAPPED_CHIPS = (90, 100)  # where the weights belong on the M side of a 16-bit 
 # Numerics, fixed for a release: changing them changes the last bits of every spatial token.
 # Cells whose products one partial sum holds, for windows of one output and of many, by the bytes of a type.
 SPLIT_CELLS = {2: (4, 8), 4: (4, 8)}
-# Beyond B = 64, where short sums would be a tenth of the traffic; a float32 product adds its terms in sequence, and
-# longer sums would cost digits.
+# Beyond B = 64, where short sums would be a tenth of the traffic; of float32's products they are less.
 LARGE_SPLIT_CELLS = {2: (32, 64), 4: (4, 8)}
 
 
