@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sp_fast import geometry
+from sp_fast import SPProjectorConfig, geometry
 from sp_fast.bench.accuracy import compare
 from sp_fast.kernels.pooled_rows import pooled_rows
 from sp_fast.kernels.tiles import BUCKETS
@@ -12,6 +12,7 @@ from sp_fast.kernels.windowed_matmul import windowed_matmul, windowed_matmul_dwe
 from tests.test_gpu import DTYPES, WIDE, _a_gpu, features, projector  # noqa: F401, the fixture sets this module up too
 
 pytestmark = pytest.mark.gpu
+FEW = SPProjectorConfig(kernel_sizes=(4, 12), text_width=512)  # the published C and D; float64 gradients in 10 GB
 WINDOWS = geometry.spatial_windows(WIDE) + geometry.detail_windows(WIDE)
 
 
@@ -28,18 +29,18 @@ def step(module, x, seed=0):
 @pytest.mark.parametrize("batch", [*BUCKETS, 130])
 def test_every_shipped_launch_of_the_windowed_gradients(batch, dtype):
     """By the accuracy rule, beside plain torch products of the same type; every element is written."""
-    module = projector(dtype=dtype)
+    module, windows = projector(FEW, dtype), geometry.spatial_windows(FEW) + geometry.detail_windows(FEW)
     leaves = [module.extractor.spatial_weight, module.extractor.detail_weight]
-    x, found = features(batch, dtype=dtype), {}
-    outputs = sum(w.outputs for w in WINDOWS)
-    grad = torch.randn(batch, outputs, WIDE.spatial_width, device="cuda").to(dtype)
+    x, found = features(batch, FEW, dtype), {}
+    outputs = sum(w.outputs for w in windows)
+    grad = torch.randn(batch, outputs, FEW.spatial_width, device="cuda").to(dtype)
     for kind, backend, cast in (
         ("fast", "triton", dtype),
         ("plain", "torch", dtype),
         ("exact", "torch", torch.float64),
     ):
         rows, *weights = (t.detach().to(cast).requires_grad_() for t in (x, *leaves))
-        out = windowed_matmul(rows, weights, encode_windows(WINDOWS), backend)
+        out = windowed_matmul(rows, weights, encode_windows(windows), backend)
         found[kind] = torch.autograd.grad(out, [rows, *weights], grad.to(cast))
     for name, *tensors in zip(("drows", "dweight 0", "dweight 1"), *found.values(), strict=True):
         result = compare(name, *(t.flatten() for t in tensors), dtype)
