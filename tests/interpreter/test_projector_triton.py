@@ -127,8 +127,9 @@ def relative_errors(got, expected):
 def test_accuracy_rule(variant, dtype):
     """Every output and gradient: at most 1.5 times the reference's own error in the type, plus one ulp."""
     wide = dict.fromkeys(("vision_width", "spatial_width", "text_width"), 32)
+    seeds = 40 if variant.startswith("tfm") else 8  # a learned query has 32 elements, whose largest error is chance
     with pretend(CHIPS[90]):
-        for comparison in accuracy(lambda seed: build(variant, dtype, seed, **wide), dtype, seeds=8, batch=7):
+        for comparison in accuracy(lambda seed: build(variant, dtype, seed, **wide), dtype, seeds, batch=7):
             assert comparison.passed, comparison
 
 
