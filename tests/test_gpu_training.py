@@ -12,7 +12,9 @@ from sp_fast.kernels.windowed_matmul import windowed_matmul, windowed_matmul_dwe
 from tests.test_gpu import DTYPES, WIDE, _a_gpu, features, projector  # noqa: F401, the fixture sets this module up too
 
 pytestmark = pytest.mark.gpu
-FEW = SPProjectorConfig(kernel_sizes=(4, 12), text_width=512)  # the published C and D; float64 gradients in 10 GB
+FEW = SPProjectorConfig(
+    kernel_sizes=(4, 12), map_size=24, text_width=512
+)  # the published C and D; float64 gradients in 10 GB
 WINDOWS = geometry.spatial_windows(WIDE) + geometry.detail_windows(WIDE)
 
 
