@@ -13,6 +13,7 @@ for every slice of a packed weight, and with ``add`` the buffer that a sum would
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -144,6 +145,8 @@ def windowed_matmul_dweight_triton(
         tuple(w for w in plan if outs[w[WEIGHT.value]] is not None) for plan in plan_windows(windows, (1, 1))
     )
     tiles = tiles or outer_tiles(chip_of(rows.device), rows.dtype, batch, width, depth)
+    if add:  # what is added to takes registers too
+        tiles = replace(tiles, block_c=min(tiles.block_c, 64))
     constants = {
         "SINGLE": single, "MANY": many, "O": outputs, "C": width, "D": depth, "BLOCK_SINGLE": tiles.block_single,
         "BLOCK_MANY": tiles.block_many, "BLOCK_C": tiles.block_c, "BLOCK_D": tiles.block_d, "STAGES": tiles.stages,
