@@ -91,16 +91,16 @@ def _multiplies(configuration: Configuration, figures: Figures) -> list[str]:
 
 
 def _write_breaches(configuration: Configuration, figures: Figures) -> list[str]:
-    """Of the weight gradient: a tile leaves in pieces of 128 bits a thread."""
-    constants = dict(configuration.source.constants)
-    tile = constants["BLOCK_C"] * constants["BLOCK_D"] * DTYPES[configuration.source.dtype].itemsize
-    written = 16 * figures.threads * figures.opcodes.get("STG.128", 0)
+    """Of the weight gradient: it leaves in pieces of 128 bits a thread. Both kinds of windows may share the stores."""
     found = _multiplies(configuration, figures)
-    kinds_there = sum(bool(constants[kind]) for kind in ("SINGLE", "MANY"))
-    if written < kinds_there * tile:
+    wide, narrow = (
+        figures.opcodes.get("STG.128", 0),
+        sum(figures.opcodes.get(opcode, 0) for opcode in ("STG", "STG.64")),
+    )
+    if narrow or not wide:
         found.append(
-            f"{written} bytes are written 128 bits at a time, where {kinds_there} tiles of {tile} leave: take tiles "
-            "that divide the widths"
+            f"{wide} stores are 128 bits wide and {narrow} narrower, where none may be: take tiles that divide the "
+            "widths, and contiguous buffers"
         )
     return found
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sp_fast.kernels.gelu_rows_triton import gelu_slope
 from sp_fast.kernels.launch import Launch
 from sp_fast.kernels.spatial_tail import pick
-from sp_fast.kernels.spatial_tail_triton import finite_or_largest
+from sp_fast.kernels.spatial_tail_triton import finite_or_largest, load_normed
 from sp_fast.kernels.tiles import power_of_two
 
 NORM_ROWS = 4  # of dz, a program
@@ -124,12 +124,9 @@ def _norm_columns(
         image = (offs_m // rows).to(tl.int64)
         z_rows = image * ROWS + first + offs_m % rows
         g_rows = image * P + start + offs_m % rows
-        mean = tl.load(statistics_ptr + z_rows * 2, mask=mask_m, other=0.0)[:, None]
-        rstd = tl.load(statistics_ptr + z_rows * 2 + 1, mask=mask_m, other=0.0)[:, None]
-        z = tl.load(z_ptr + z_rows[:, None] * D + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-        z = tl.where(finite, finite_or_largest(z, LARGEST), z)
+        z = load_normed(z_ptr, statistics_ptr, z_rows, offs_c, mask_m, mask, finite, D, LARGEST)
         g = tl.load(dnormed_ptr + g_rows[:, None] * D + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-        dgain += tl.where(mask, g * (z - mean) * rstd, 0.0)
+        dgain += tl.where(mask, g * z, 0.0)
         dshift += g
     tl.store(dgain_ptr + offs_c, tl.sum(dgain, axis=0).to(dgain_ptr.dtype.element_ty), mask=mask_c)
     tl.store(dshift_ptr + offs_c, tl.sum(dshift, axis=0).to(dshift_ptr.dtype.element_ty), mask=mask_c)

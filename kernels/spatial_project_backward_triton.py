@@ -17,7 +17,7 @@ from torch import Tensor
 from sp_fast.kernels.device import chip_of
 from sp_fast.kernels.launch import Launch
 from sp_fast.kernels.spatial_tail import pick
-from sp_fast.kernels.spatial_tail_triton import finite_or_largest
+from sp_fast.kernels.spatial_tail_triton import load_normed
 from sp_fast.kernels.tiles import power_of_two, product_tiles
 
 WEIGHT_ROWS, WEIGHT_SIDE = 32, 64  # rows at a time, and the square of a weight's gradient
@@ -92,14 +92,11 @@ def _dweight_tile(
         image = (offs_m // rows).to(tl.int64)
         z_rows = image * ROWS + first + offs_m % rows
         g_rows = image * P + start + offs_m % rows
-        mean = tl.load(statistics_ptr + z_rows * 2, mask=mask_m, other=0.0)[:, None]
-        rstd = tl.load(statistics_ptr + z_rows * 2 + 1, mask=mask_m, other=0.0)[:, None]
         mask_z = mask_m[:, None] & mask_c
-        z = tl.load(z_ptr + z_rows[:, None] * D + offs_c[None, :], mask=mask_z, other=0.0).to(tl.float32)
-        z = tl.where(finite, finite_or_largest(z, LARGEST), z)
+        z = load_normed(z_ptr, statistics_ptr, z_rows, offs_c, mask_m, mask_z, finite, D, LARGEST)
         g_ptrs = dprojected_ptr + g_rows[:, None] * D + offs_n[None, :]
         g = tl.load(g_ptrs, mask=mask_m[:, None] & mask_n, other=0.0)
-        normed = tl.where(mask_z, (z - mean) * rstd * gain + shift, 0.0).to(g.dtype)
+        normed = tl.where(mask_z, z * gain + shift, 0.0).to(g.dtype)
         acc = tl.dot(tl.trans(g), normed, acc, input_precision="ieee")
         total += g.to(tl.float32)
     out_ptrs = dweight_ptr + offs_n[:, None] * D + offs_c[None, :]

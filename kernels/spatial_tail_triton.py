@@ -35,6 +35,15 @@ def finite_or_largest(x, LARGEST: tl.constexpr):  # noqa: ANN201
 
 
 @triton.jit
+def load_normed(z_ptr, statistics_ptr, rows, offs_d, mask_m, mask, finite, D: tl.constexpr, LARGEST: tl.constexpr):  # noqa: ANN201
+    """Rows of z, finite where asked, without their mean and divided by their standard deviation, in float32."""
+    mean = tl.load(statistics_ptr + rows * 2, mask=mask_m, other=0.0)[:, None]
+    rstd = tl.load(statistics_ptr + rows * 2 + 1, mask=mask_m, other=0.0)[:, None]
+    z = tl.load(z_ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return (tl.where(finite, finite_or_largest(z, LARGEST), z) - mean) * rstd
+
+
+@triton.jit
 def _spatial_project_fwd_kernel(
     z_ptr,  # [B, ROWS, D]: T spatial rows first; the detail's O rows begin at T + FIRST
     q_norm_weight_ptr,  # [D]

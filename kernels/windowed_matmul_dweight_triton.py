@@ -146,7 +146,7 @@ def windowed_matmul_dweight_triton(
     )
     tiles = tiles or outer_tiles(chip_of(rows.device), rows.dtype, batch, width, depth)
     if add:  # what is added to takes registers too
-        tiles = replace(tiles, block_c=min(tiles.block_c, 64))
+        tiles = replace(tiles, block_d=min(tiles.block_d, 64))
     constants = {
         "SINGLE": single, "MANY": many, "O": outputs, "C": width, "D": depth, "BLOCK_SINGLE": tiles.block_single,
         "BLOCK_MANY": tiles.block_many, "BLOCK_C": tiles.block_c, "BLOCK_D": tiles.block_d, "STAGES": tiles.stages,

@@ -94,7 +94,7 @@ def test_the_gradients_streams_are_sound(kernel):
     opcodes = found.figures.opcodes
     changes = {"HGMMA": "nothing multiplies with HGMMA"}
     changes |= (
-        {"STG.128": "bytes are written 128 bits at a time"}
+        {"STG.128": "0 stores are 128 bits wide and 0 narrower"}
         if kernel == WRITE_STREAM
         else {"LDGSTS.128": "no weight is copied"}
     )
@@ -102,6 +102,9 @@ def test_the_gradients_streams_are_sound(kernel):
         without = replace(found.figures, opcodes={key: n for key, n in opcodes.items() if key != opcode})
         (named,) = breaches(configuration, without)
         assert sentence in named
+    if kernel == WRITE_STREAM:
+        (named,) = breaches(configuration, replace(found.figures, opcodes={**opcodes, "STG.64": 2}))
+        assert "and 2 narrower" in named
 
 
 FAULTS = {

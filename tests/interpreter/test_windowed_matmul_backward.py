@@ -16,7 +16,7 @@ from sp_fast.kernels.tiles import outer_tiles
 from sp_fast.kernels.window import Window, encode_windows
 from sp_fast.kernels.windowed_matmul import windowed_matmul, windowed_matmul_dweight
 from sp_fast.kernels.windowed_matmul_dweight_triton import windowed_matmul_dweight_triton
-from tests.interpreter.test_windowed_matmul_triton import CHIPS_TRIED, DTYPES, WIDER, sparse
+from tests.interpreter.test_windowed_matmul_triton import CHIPS_TRIED, DTYPES, WIDER, drawn_problem, sparse
 from tests.test_windowed_matmul import LAYOUTS, by_convolution, problem
 
 TINY = SPProjectorConfig("crop", (2, 4), detail_kernel=3, detail_stride=1, grid=5, vision_width=6, spatial_width=5)
@@ -102,18 +102,9 @@ def test_layouts_of_rows_and_of_the_upstream_gradient(layout):
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_random_configurations_and_shapes(data):
-    draw = data.draw
-    grid = draw(st.integers(3, 8))
-    pyramid = draw(st.sampled_from(["crop", "pool"]))
-    sizes = sorted(draw(st.sets(st.integers(1, grid), max_size=3)))
-    detail = draw(st.one_of(st.none() if sizes else st.integers(1, grid), st.integers(1, grid)))
-    detail = min(detail, max(sizes, default=grid)) if detail and pyramid == "crop" else detail
-    config = SPProjectorConfig(
-        pyramid, tuple(sizes), detail_kernel=detail, detail_stride=draw(st.integers(1, 3)), grid=grid,
-        vision_width=draw(st.integers(1, 40)), spatial_width=draw(st.integers(1, 40)),
-    )  # fmt: skip
-    with pretend(CHIPS[draw(st.sampled_from(sorted(CHIPS)))]):
-        agree(*problem(config, draw(st.integers(1, 5)), draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))))
+    found = drawn_problem(data.draw)
+    with pretend(CHIPS[data.draw(st.sampled_from(sorted(CHIPS)))]):
+        agree(*found)
 
 
 @pytest.mark.parametrize("asked", list(itertools.product([False, True], repeat=3)))

@@ -109,10 +109,8 @@ def test_layouts_of_rows(layout):
     agrees(windowed_matmul_triton(strided, weights, windows), strided, weights, windows)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_random_configurations_and_shapes(data):
-    draw = data.draw
+def drawn_problem(draw):
+    """Rows, weights and windows of any configuration, in any type."""
     grid = draw(st.integers(3, 8))
     pyramid = draw(st.sampled_from(["crop", "pool"]))
     sizes = sorted(draw(st.sets(st.integers(1, grid), max_size=3)))
@@ -123,8 +121,14 @@ def test_random_configurations_and_shapes(data):
         vision_width=draw(st.integers(1, 40)), spatial_width=draw(st.integers(1, 40)),
     )  # fmt: skip
     dtype = draw(st.sampled_from(DTYPES))
-    rows, weights, windows = problem(config, draw(st.integers(1, 5)), dtype, draw(st.integers(0, 99)))
-    with pretend(CHIPS[draw(st.sampled_from(sorted(CHIPS)))]):
+    return problem(config, draw(st.integers(1, 5)), dtype, draw(st.integers(0, 99)))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_configurations_and_shapes(data):
+    rows, weights, windows = drawn_problem(data.draw)
+    with pretend(CHIPS[data.draw(st.sampled_from(sorted(CHIPS)))]):
         agrees(windowed_matmul_triton(rows, weights, windows), rows, weights, windows)
 
 
