@@ -141,5 +141,5 @@ def pooled_rows_backward_triton(grad: Tensor, grid: int, origin: int, side: int,
     }  # fmt: skip
     if batch:
         programs = (batch * triton.cdiv(grid * grid, block_r), triton.cdiv(width, block_c))
-        Launch(_pooled_rows_bwd_kernel, programs, constants, registers=128)(grad, out)
+        Launch(_pooled_rows_bwd_kernel, programs, constants, registers=168)(grad, out)
     return out

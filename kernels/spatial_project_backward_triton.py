@@ -20,7 +20,8 @@ from sp_fast.kernels.spatial_tail import pick
 from sp_fast.kernels.spatial_tail_triton import load_normed
 from sp_fast.kernels.tiles import power_of_two, product_tiles
 
-WEIGHT_ROWS, WEIGHT_SIDE = 32, 64  # rows at a time, and the square of a weight's gradient
+WEIGHT_ROWS = 32  # at a time
+WEIGHT_SIDE = {2: 64, 4: 32}  # of the square of a weight's gradient, by the bytes of a type
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def spatial_project_backward(
     """Writes ``dnormed`` and, where ``found`` holds a detail's twelve gradients, those of linear weights and biases."""
     batch, width = z.shape[0], z.shape[2]
     tiles = product_tiles(chip_of(z.device), z.dtype, batch, width)
-    side = min(WEIGHT_SIDE, power_of_two(width))
+    side = min(WEIGHT_SIDE[z.dtype.itemsize], power_of_two(width))
     constants = {
         **pick(place, _spatial_project_bwd_kernel), **tiles.constants, "WEIGHT_ROWS": WEIGHT_ROWS, "WEIGHT_SIDE": side,
     }  # fmt: skip
@@ -191,6 +192,7 @@ def spatial_project_backward(
     programs = (max(row_tiles, triton.cdiv(width, side) ** 2), 6) if found else (row_tiles, 3)
     norms_and_weights = [t for i, t in enumerate(parameters) if i % 4 != 3]
     gradients = [t for i, t in enumerate(found) if i % 4 > 1] or [dnormed] * 6
-    Launch(_spatial_project_bwd_kernel, programs, constants, tiles.warps, registers=168)(
+    registers = 168 if z.dtype.itemsize == 2 else 255
+    Launch(_spatial_project_bwd_kernel, programs, constants, tiles.warps, registers)(
         z, statistics, *norms_and_weights, dprojected, dnormed, *gradients, batch
     )

@@ -123,14 +123,17 @@ class OuterTiles:
 
 
 def outer_tiles(chip: Chip, dtype: torch.dtype, batch: int, width: int, depth: int) -> OuterTiles:
-    """Two blocks a multiprocessor or more, each of 32 KiB of results: twice what memory takes at 4.3 TB/s and 1 us."""
-    half = dtype.itemsize == 2
+    """On large chips two blocks a multiprocessor or more, each of 32 KiB of results: twice what memory takes at 4.3 TB/s
+    and 1 us. Chips of little shared memory have a quarter of that bandwidth, and half the tile."""
+    half, large = dtype.itemsize == 2, chip.shared_memory > 128 * 1024
     single = min(32 if half else 16, power_of_two(batch))
-    many = (64 if chip.shared_memory > 128 * 1024 else 32) if half else 16
-    side, warps = (128, 8) if half else (64, 4)
-    return OuterTiles(
-        single, many, min(side, power_of_two(width)), min(128, power_of_two(depth)), 2, warps, registers=128
-    )
+    many = (64 if large else 32) if half else 16
+    side, warps = (128, 8) if half and large else (64, 4)
+    if half:
+        registers = 128 if large else 168
+    else:
+        registers = 168 if batch > 1 else 255  # the rows of one image are few, and their loop is unrolled
+    return OuterTiles(single, many, min(side, power_of_two(width)), min(128, power_of_two(depth)), 2, warps, registers)
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def windowed_matmul_drows_triton(
             count_units(plan, n, block_m, triton.cdiv(width, tiles.block_d))
             for plan, block_m in ((single, tiles.block_single), (many, tiles.block_many))
         )
-        registers = 255 if tiles.warps == 8 else 168
+        registers = 255 if tiles.warps == 8 or grad.dtype == torch.float32 else 168
         Launch(_windowed_matmul_columns_kernel, (programs,), constants, tiles.warps, registers)(
             part, weights[0], weights[-1], columns, n
         )
