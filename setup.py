@@ -41,6 +41,7 @@ setup(
         "accelerate",
         "safetensors",
         "numpy",
+        "packaging",
         "pillow",
         "typer",
         "rich",

@@ -21,7 +21,7 @@ from sp_fast.interface import ProjectorOutput
 from sp_fast.kernels.pooled_rows import pooled_rows
 from sp_fast.kernels.window import Window, encode_windows
 from sp_fast.kernels.windowed_matmul import windowed_matmul
-from sp_fast.tensor_files import StoredTensor
+from sp_fast.stored_tensor import StoredTensor
 
 Weights = Mapping[str, StoredTensor]
 StageFunction = Callable[..., tuple[Tensor, ...]]

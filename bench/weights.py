@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sp_fast import SPProjectorConfig
 from sp_fast.checkpoint import official_shapes
-from sp_fast.tensor_files import StoredTensor
+from sp_fast.stored_tensor import StoredTensor
 
 
 def random_weights(

@@ -18,12 +18,21 @@ from torch import Tensor, nn
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError, ConfigError
 from sp_fast.layout import MERGE_FIRST, Entry, entries
-from sp_fast.recognise import listed, official_keys, projector_names, recognise
+from sp_fast.recognise import check_size, listed, official_keys, projector_names, recognise
 from sp_fast.reference import ReferenceSPProjector
-from sp_fast.tensor_files import DTYPES, StoredTensor, read_file, stored_tensors
+from sp_fast.stored_tensor import DTYPES, StoredTensor
+from sp_fast.tensor_files import (
+    check_together,
+    file_problem,
+    first_line,
+    read_file,
+    read_json,
+    stored_tensors,
+)
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MODEL_TYPE = "sp_projector"
+_LARGEST_GRID = 1024  # images of 14,336 pixels
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 Projector = TypeVar("Projector", bound=nn.Module)
 
@@ -42,8 +51,7 @@ def load_official(
     where, tensors = _named_projector_tensors(source)
     _, config = _recognise(where, tensors, grid, pyramid)
     projector = cls(config, backend, device="meta", dtype=_one_dtype(where, tensors, dtype))
-    projector.to_empty(device=device)
-    fill(where, projector, official_entries(projector), tensors)
+    fill(where, projector, official_entries(projector), tensors, device)
     return projector
 
 
@@ -116,24 +124,32 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
 ) -> Projector:
     """Behind ``SPProjector.from_pretrained``."""
-    path = Path(folder) / CONFIG_FILE
+    path, weights = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
+    way_out = "give the folder that save_pretrained wrote"
+    if problem := file_problem(path):
+        raise CheckpointError(f"{path} cannot be read, as it {problem}: {way_out}")
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): give the folder that save_pretrained wrote") from error
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}): {way_out}") from error
     if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
         raise CheckpointError(f"{path} is not of model_type {MODEL_TYPE!r}: for official checkpoints use from_official")
+    grid = values.get("grid", 0)
+    if isinstance(grid, int) and grid > _LARGEST_GRID:
+        raise CheckpointError(f"{path}: grid={grid} must be patches a side of a vision tower, up to {_LARGEST_GRID}")
     try:
         config = SPProjectorConfig.from_dict(values)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    weights = Path(folder) / WEIGHTS_FILE
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} does not exist: give the folder that save_pretrained wrote")
+        text = str(error)  # which quotes the value, whatever that is
+        raise CheckpointError(f"{path}: {text if len(text) < 1000 else f'{text[:500]} ... {text[-500:]}'}") from error
+    if problem := file_problem(weights):
+        raise CheckpointError(f"{weights} {problem}: {way_out}")
+    check_together(path, weights)
     tensors = read_file(weights)
+    check_size(str(path), config, {name: tensor.shape for name, tensor in tensors.items()})
     projector = cls(config, backend, device="meta", dtype=_one_dtype(str(weights), tensors, dtype))
-    projector.to_empty(device=device)
-    fill(str(weights), projector, [Entry(name, name) for name, _ in projector.named_parameters()], tensors)
+    places = [Entry(name, name) for name, _ in projector.named_parameters()]
+    fill(str(weights), projector, places, tensors, device)
     return projector
 
 
@@ -156,7 +172,10 @@ def _one_dtype(where: str, tensors: Mapping[str, StoredTensor], requested: torch
         return requested
     for key, tensor in tensors.items():
         if tensor.dtype is None:
-            raise CheckpointError(f"{where}: {key} is not of a floating-point type that a projector can have")
+            raise CheckpointError(
+                f"{where}: {key} is not of a floating-point type that a projector can have: give the one before "
+                "quantisation"
+            )
     found = {tensor.dtype for tensor in tensors.values()}
     if len(found) != 1:
         names = ", ".join(sorted(map(str, found))) or "no tensors"
@@ -164,10 +183,21 @@ def _one_dtype(where: str, tensors: Mapping[str, StoredTensor], requested: torch
     return found.pop()
 
 
-def fill(where: str, projector: nn.Module, places: list[Entry], tensors: Mapping[str, StoredTensor]) -> None:
-    """Copies every tensor to its place, after all names and shapes have been checked; data must be finite."""
+def fill(
+    where: str,
+    projector: nn.Module,
+    places: list[Entry],
+    tensors: Mapping[str, StoredTensor],
+    device: torch.device | str | None = None,
+) -> None:
+    """Copies every tensor to its place, after all names and shapes have been checked; data must be finite.
+
+    With a device, memory for the parameters is taken there, and only then: what shapes ask for may be absurd.
+    """
     parameters = dict(projector.named_parameters())
     _check_whole(where, {e.official: tuple(e.view(parameters[e.ours].to("meta")).shape) for e in places}, tensors)
+    if device is not None:
+        parameters = dict(projector.to_empty(device=device).named_parameters())
     with torch.no_grad():
         for entry in places:
             entry.view(parameters[entry.ours]).copy_(tensors[entry.official].load())
@@ -193,4 +223,4 @@ def _check_whole(where: str, expected: Mapping[str, tuple[int, ...]], tensors: M
     ]
     problems += [f"{key} is not floating-point" for key in both if tensors[key].dtype is None]
     if problems:
-        raise CheckpointError(f"{where}: {'; '.join(problems)}")
+        raise CheckpointError(f"{where}: {'; '.join(problems)}: give a checkpoint of this very projector")

@@ -101,5 +101,28 @@ def verify(
     sys.exit(0 if report.agrees else 1)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help='Print one JSON object: "ok" and the findings.')] = False,
+) -> None:
+    """Examine this environment: versions, compiler, driver, devices, what sp_fast chooses there, and how to mend it.
+
+    Exit code 0: nothing that is needed here is missing; 1: something is.
+    """
+    from rich.console import Console
+
+    from sp_fast.doctor.gather import gather
+    from sp_fast.doctor.judge import judge
+    from sp_fast.doctor.report import print_report
+
+    with Console(stderr=True).status("looking around"):
+        report = judge(gather())
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print_report(report, Console())
+    sys.exit(0 if report.ok else 1)
+
+
 if __name__ == "__main__":
     app()

@@ -13,6 +13,10 @@ class CheckpointError(SPFastError):
     """A checkpoint that cannot be loaded as a projector, whole and unchanged."""
 
 
+class OfficialModelError(SPFastError):
+    """A model of the official code that cannot be accelerated, or no longer is what was accelerated."""
+
+
 class ImageError(SPFastError):
     """An image that cannot be read, or that is too large to decode safely."""
 

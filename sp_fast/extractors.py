@@ -49,10 +49,14 @@ class WindowedExtractor(nn.Module):
         return [weight for weight in (self.spatial_weight, self.detail_weight) if weight is not None]
 
     def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
+        return self.extract(patch_features, self._weights(), backend)
+
+    def extract(self, patch_features: Tensor, weights: list[Tensor], backend: str) -> Tensor:
+        """The forward with weights from elsewhere, packed alike."""
         config = self.config
-        check_dtype(patch_features, next(self.parameters()))
+        check_dtype(patch_features, weights[0])
         rows = pooled_rows(patch_features, config.grid, self._origin, config.map_size, self._pooled, backend)
-        return windowed_matmul(rows, self._weights(), self._encoded, backend)
+        return windowed_matmul(rows, weights, self._encoded, backend)
 
 
 class TransformerExtractor(nn.Module):

@@ -96,7 +96,7 @@ class SPProjector(nn.Module):
     @property
     def backend(self) -> Backend:
         """What runs on features of the parameters' device and type. Raises BackendError as the forward would."""
-        return self._backend_for(next(self.extractor.parameters()))
+        return self._backend_for(next(self.parameters()))
 
     def _backend_for(self, tensor: Tensor) -> Backend:
         kind, dtype = tensor.device.type, tensor.dtype

@@ -7,16 +7,18 @@ its most likely reading: one lost tensor must not turn six tokens into five.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping
 
+from sp_fast import geometry
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError
 from sp_fast.reference import ReferenceSPProjector
 from sp_fast.variants import OFFICIAL, REFUSED
 
 PREFIXES = ("base_model.", "module.", "model.")
-_PROJECTOR = re.compile(r"(conv_|tfm_|CM_|window_|mm_projector|query_|key_projector|value_projector)")
+PROJECTOR_NAME = re.compile(r"(conv_|tfm_|CM_|window_|mm_projector|query_|key_projector|value_projector)")
 # The rest of a full LLaVA-SP model; any other name is an error.
 _REST_OF_MODEL = re.compile(
     r"(layers|embed_tokens|norm|lm_head|vision_tower|image_newline|vision_resampler|rotary_emb)\b"
@@ -41,7 +43,7 @@ def projector_names(where: str, names: Iterable[str]) -> dict[str, str]:
         key = name
         while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
             key = key[len(prefix) :]
-        if _PROJECTOR.match(key):
+        if PROJECTOR_NAME.match(key):
             if key in found:
                 raise CheckpointError(f"{where} holds {key} twice, as {found[key]} and as {name}: keep one")
             found[key] = name
@@ -91,6 +93,24 @@ def variant_keys(variant: str) -> frozenset[str]:
     return official_keys(SPProjectorConfig.variant(variant))
 
 
+def check_size(where: str, config: SPProjectorConfig, shapes: Shapes) -> None:
+    """Raises CheckpointError for a configuration that is far from what the tensors fill, before it is built.
+
+    Even without data absurd lengths overflow, and absurdly many modules take memory and time. What is merely missing or
+    misshaped is named later.
+    """
+    c, d, h = config.vision_width, config.spatial_width, config.text_width
+    blocks = len(config.levels) * config.transformer_layers if config.extractor == "transformer" else 0
+    cells = 0 if blocks else geometry.spatial_cells(config) + geometry.detail_cells(config)
+    needed = cells * c * d + blocks * c * c + config.attends * d * d + h * (config.fused_width + c + h)
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if needed > 10 * held or blocks > len(shapes):
+        raise CheckpointError(
+            f"{where} asks for a projector of widths, kernels or layers that its {len(shapes)} tensors of {held} "
+            "elements are far from filling: give the file of the whole projector, or fetch it again"
+        )
+
+
 def listed(names: Iterable[str]) -> str:
     """The first names of a list, sorted, and how many more there are."""
     names = sorted(names)
@@ -113,9 +133,11 @@ def _configure(where: str, variant: str, shapes: Shapes, overrides: dict[str, in
     if kernels:
         widths["detail_kernel"] = kernels
     try:
-        return SPProjectorConfig.variant(variant, **{**widths, **overrides})
+        config = SPProjectorConfig.variant(variant, **{**widths, **overrides})
     except ValueError as error:
         raise CheckpointError(f"{where}, read as {variant}: {error}") from error
+    check_size(where, config, shapes)
+    return config
 
 
 def _refuse_leftovers(where: str, shapes: Shapes) -> None:

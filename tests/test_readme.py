@@ -6,8 +6,15 @@ from pathlib import Path
 import torch
 
 from sp_fast import SPProjector, SPProjectorConfig
+from tests import standin
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def example(section):
+    """The only python block of a section."""
+    (code,) = re.findall(r"```python\n(.+?)```", README.split(f"\n## {section}\n")[1].split("\n## ")[0], re.DOTALL)
+    return code
 
 
 def test_the_example_runs(tmp_path, monkeypatch):
@@ -17,7 +24,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
     projector = SPProjector(SPProjectorConfig(spatial_width=8, text_width=16), dtype=torch.float16)
     torch.save(projector.official_state_dict("base_model.model.model."), folder / "non_lora_trainables.bin")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    code = example("Use")
     names = {}
     exec(code, names)
     assert names["tokens"].shape == (1, 582, 16)
@@ -27,12 +34,28 @@ def test_the_example_runs(tmp_path, monkeypatch):
     assert SPProjector.from_official("model.bin").config == again.config
 
 
+def test_the_line_for_the_official_code_runs():
+    model = standin.randomise(standin.Model("conv336_cropping_sfe_dfi")).eval()
+    tokens = model.encode_images(standin.batch(model)["images"])
+    names = {"model": model}
+    exec(example("I already have LLaVA-SP running"), names)
+    assert "encode_images" in vars(model)
+    torch.testing.assert_close(model.encode_images(standin.batch(model)["images"]), tokens)
+    assert names["restore"](model) is model
+    assert "encode_images" not in vars(model)
+
+
 def test_the_file_map_names_every_module():
     root = Path(__file__).parent.parent
     named = set(re.findall(r"`([\w/]+\.py)`", README))
     folders = {"sp_fast": "sp_fast/", "kernels": "kernels/", "bench": "bench/"}
     for name in named:
-        assert any((root / folder / Path(name).name).is_file() for folder in folders), name
+        assert any(
+            (root / folder / name.removeprefix(folder)).is_file()
+            for folder in ("", "sp_fast/official/", *folders.values())
+        ), name
     for path in [path for folder in folders.values() for path in (root / folder).glob("*.py")]:
         small = path.name in {"__init__.py", "__main__.py", "version.py", "errors.py", "backend.py"}
         assert small or path.name in {Path(n).name for n in named}, path
+    for folder in [path for path in (root / "sp_fast").iterdir() if any(path.glob("*.py"))]:
+        assert f"`sp_fast/{folder.name}/" in README, folder
