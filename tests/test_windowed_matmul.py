@@ -287,6 +287,20 @@ def test_half_precision_bounds_its_im2col(monkeypatch):
     torch.testing.assert_close(windowed_matmul(rows, weights, encoded), expected)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_projectors_weight_gradients_are_one_pass(name, monkeypatch):
+    """Each further pass would read the rows, and add to the buffers, once more."""
+    from sp_fast.kernels import windowed_matmul as module
+
+    rows, weights, windows = problem(CONFIGS[name])
+    passes = []
+    monkeypatch.setitem(module._DWEIGHTS, "torch", lambda *given: passes.append(given))
+    outputs = sum(w.outputs for w in windows)
+    grad = rows.new_ones(len(rows), outputs, weights[0].shape[2])
+    module.windowed_matmul_dweight(grad, rows, [torch.empty_like(w) for w in weights], encode_windows(windows))
+    assert len(passes) == 1
+
+
 def test_import_twice_registers_once():
     import importlib
 

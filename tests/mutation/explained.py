@@ -24,6 +24,10 @@ EXPLAINED: dict[tuple[str, str, str, str], str] = {
         "Where there are none, no program gets here: it only keeps the machine code short.",
     (PLAN, "arithmetic", "span = manys + singles * 3 // 4", "span = manys + singles + 3 // 4"):
         "The order of the programs is schedule: each unit still has one.",
+    ("kernels/spatial_project_backward_triton.py", "off by one", "is_query, is_key = which == 0, which == 1", "is_query, is_key = which == 0, which == 2"):
+        "Keys and values change programs: all that a program does follows from these two.",
+    (WINDOWED, "swapped arguments", "block_b, block_d = reduce_tile(batch, depth)", "block_b, block_d = reduce_tile(depth, batch)"):
+        "Tiles of the reduction are schedule: each sum is one thread's, in the order of the splits.",
     (WINDOWED, "comparison", "if len(SINGLE) > 0:", "if len(SINGLE) >= 0:"):
         "Where there are none, no program gets here: it only keeps the machine code short.",
 }
