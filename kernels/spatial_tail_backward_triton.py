@@ -155,8 +155,7 @@ def spatial_tail_backward_triton(
                 "BLOCK_O": power_of_two(outputs), "HAS_DATTENTION": dattention is not None,
             }  # fmt: skip
             programs = (batch, triton.cdiv(width, tiles.block_d))
-            registers = 255 if z.dtype == torch.float32 else 168
-            attend = Launch(_spatial_attend_bwd_kernel, programs, constants, registers=registers)
+            attend = Launch(_spatial_attend_bwd_kernel, programs, constants, registers=255)
             upstream = dfused if dattention is None else dattention
             attend(dfused, tail.attended, tail.projected, upstream, dprojected, width**-0.5)
             spatial_project_backward(z, tail.statistics, parameters, dprojected, dnormed, found, place)

@@ -123,9 +123,9 @@ class OuterTiles:
 
 
 def outer_tiles(chip: Chip, dtype: torch.dtype, batch: int, width: int, depth: int) -> OuterTiles:
-    """On large chips two blocks a multiprocessor or more, each of 32 KiB of results: twice what memory takes at
-    4.3 TB/s and 1 us. Chips of little shared memory have a quarter of that bandwidth, and half the tile."""
-    half, large = dtype.itemsize == 2, chip.shared_memory > 128 * 1024
+    """On the largest chips two blocks a multiprocessor or more, each of 32 KiB of results: twice what memory takes at
+    4.3 TB/s and 1 us. The others have half that bandwidth or less, and half the tile."""
+    half, large = dtype.itemsize == 2, chip.shared_memory > 200 * 1024
     single = min(32 if half else 16, power_of_two(batch))
     many = (64 if large else 32) if half else 16
     side, warps = (128, 8) if half and large else (64, 4)
