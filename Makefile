@@ -17,26 +17,30 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/installed
 endif
 
-.PHONY: demo test test-host test-bench test-kernels test-gpu bench campaign lint clean
+.PHONY: demo test test-host test-bench test-bench-cli test-kernels test-gpu bench campaign lint clean
 
 demo: $(SETUP)
 	$(RUN) -m sp_fast verify
 
-# Two processes side by side, on one thread each.
+# Two processes side by side, on one thread each: the long ones first, so that both cores end together.
 test: $(SETUP) $(if $(NO_VENV),,lint)
-	@$(MAKE) --no-print-directory -j 2 --output-sync=line test-kernels test-host test-bench
+	@$(MAKE) --no-print-directory -j 2 --output-sync=line test-kernels test-host test-bench test-bench-cli
 
 # Kernels need a process of their own: triton decides at its import whether they are interpreted.
 test-kernels:
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter -m "not campaign" $(ARGS)
 
-BENCH_TESTS := $(wildcard tests/test_bench_*.py) tests/test_verify.py
+BENCH_CLI_TESTS := tests/test_bench_cli.py
+BENCH_TESTS := $(filter-out $(BENCH_CLI_TESTS),$(wildcard tests/test_bench_*.py)) tests/test_verify.py
 
 test-host:
-	$(RUN) -m pytest -m "not campaign and not gpu" $(addprefix --ignore=,$(BENCH_TESTS)) $(ARGS)
+	$(RUN) -m pytest -m "not campaign and not gpu" $(addprefix --ignore=,$(BENCH_TESTS) $(BENCH_CLI_TESTS)) $(ARGS)
 
 test-bench:
 	$(RUN) -m pytest -m "not campaign" $(BENCH_TESTS) $(ARGS)
+
+test-bench-cli:
+	$(RUN) -m pytest -m "not campaign" $(BENCH_CLI_TESTS) $(ARGS)
 
 # Needs only a checkout and a python with torch, triton, safetensors and pytest.
 test-gpu:

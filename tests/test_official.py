@@ -104,7 +104,7 @@ def test_tiles_in_the_official_order(name, kind):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_same_tokens_to_rounding(variant, dtype):
     pools = {kind: [] for kind in ("fast", "torch", "exact")}
-    for seed in range(1 if variant.startswith("tfm") else 3):  # the transformers are torch's own on both sides
+    for seed in range(1 if variant.startswith("tfm") else 2):  # the transformers are torch's own on both sides
         model = standin.randomise(standin.Model(variant), seed).to(dtype).eval()
         x = pixels(model).to(dtype)
         features = model.model.vision_tower(x)[1]

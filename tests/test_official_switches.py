@@ -11,8 +11,18 @@ from tests import standin
 from tests.test_official import DFI, VARIANTS, model_of, pixels
 
 
-@pytest.mark.parametrize("tower", ["336_pooling", "336_6_tokens", "336_3_tokens", "224"])
-@pytest.mark.parametrize("variant", VARIANTS)
+def daily(pairs, every, also=()):
+    """Some of them each day, the others in the campaign."""
+    return [
+        pair if i % every == 0 or pair in also else pytest.param(*pair, marks=pytest.mark.campaign)
+        for i, pair in enumerate(pairs)
+    ]
+
+
+TOWERS = [(variant, tower) for variant in VARIANTS for tower in ("336_pooling", "336_6_tokens", "336_3_tokens", "224")]
+
+
+@pytest.mark.parametrize(("variant", "tower"), daily(TOWERS, 3))
 def test_a_tower_of_another_switch_is_named(variant, tower):
     needed = standin.TOWERS.get(variant, "336_6_tokens")
     model = model_of(variant, tower=tower)
@@ -32,15 +42,7 @@ PAIRS = [(a, b) for a in VARIANTS for b in VARIANTS if a != b and (a == "conv224
 EQUAL = {("tfm336", "tfm336_adptive_pooling"), ("tfm336_adptive_pooling", "tfm336")}
 
 
-def daily(pairs):
-    """Every seventh pair each day, the others in the campaign."""
-    return [
-        pair if i % 7 == 0 or pair in EQUAL else pytest.param(*pair, marks=pytest.mark.campaign)
-        for i, pair in enumerate(pairs)
-    ]
-
-
-@pytest.mark.parametrize(("modules", "encoder"), daily(PAIRS), ids=lambda name: name.removeprefix("conv336_"))
+@pytest.mark.parametrize(("modules", "encoder"), daily(PAIRS, 7, EQUAL), ids=lambda name: name.removeprefix("conv336_"))
 def test_an_encoder_of_another_variant_is_never_taken_for_it(modules, encoder):
     """Whatever encode_images is, accelerate refuses, or computes what it computes."""
     model = model_of(modules, encoder=encoder)
