@@ -28,7 +28,7 @@ from sp_fast.bench.roofline import Peaks
 from sp_fast.bench.subject import ProjectorJob
 from sp_fast.bench.timing import Times
 from sp_fast.bench.worker import PATIENCE_SECONDS, Worker
-from sp_fast.errors import SPFastError
+from sp_fast.errors import SPFastError, first_line
 
 ENERGY_SECONDS = 0.5
 
@@ -179,7 +179,7 @@ class Bench:
             vision_width=config.vision_width, spatial_width=config.spatial_width, text_width=config.text_width,
         )  # fmt: skip
         if isinstance(verdict, Exception):
-            return replace(record, withheld=_first_line(verdict))
+            return replace(record, withheld=first_line(verdict))
         return replace(record, error=verdict.error, reference_error=verdict.reference_error, withheld=verdict.withheld)
 
     def _measured(
@@ -187,7 +187,7 @@ class Bench:
     ) -> Record:
         """With its figures; without a time there is none, the rest may be missing."""
         if failed := next((turn for turn in times if not isinstance(turn, Times)), None):
-            return replace(record, withheld=_first_line(failed))
+            return replace(record, withheld=first_line(failed))
         ms = [value for turn in times for value in turn.ms]
         p20, p50, p80 = (float(value) for value in np.percentile(ms, (20, 50, 80)))
         needed = count(case)
@@ -197,7 +197,7 @@ class Bench:
             "gbps": needed.bytes / p50 / 1e6,
         }  # fmt: skip
         for answer in (memory, energy):
-            figures |= {"note": _first_line(answer)} if isinstance(answer, Exception) else asdict(answer)
+            figures |= {"note": first_line(answer)} if isinstance(answer, Exception) else asdict(answer)
         if self.peaks:
             figures |= self._roof(case, p50)
         return replace(record, **figures)
@@ -220,7 +220,3 @@ def _tried(ask: Callable[[], Any]) -> Any:
         return ask()
     except (RuntimeError, SPFastError) as error:
         return error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]

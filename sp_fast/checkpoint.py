@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sp_fast.config import SPProjectorConfig
-from sp_fast.errors import CheckpointError, ConfigError
+from sp_fast.errors import CheckpointError, ConfigError, first_line
 from sp_fast.layout import MERGE_FIRST, Entry, entries
 from sp_fast.recognise import check_size, listed, official_keys, projector_names, recognise
 from sp_fast.reference import ReferenceSPProjector
@@ -24,7 +24,6 @@ from sp_fast.stored_tensor import DTYPES, StoredTensor
 from sp_fast.tensor_files import (
     check_together,
     file_problem,
-    first_line,
     read_file,
     read_json,
     stored_tensors,

@@ -27,3 +27,8 @@ class BackendError(SPFastError):
 
 class ResourceError(SPFastError):
     """The machine lacks the memory that a command needs."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -77,8 +77,13 @@ def _is_whole(module: nn.Module) -> bool:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """True where a call runs the forward of the module's class, and nothing beside it."""
+    return "forward" not in module.__dict__ and not any(getattr(module, hooks) for hooks in HOOKS)
+
+
 def _is_plain_layer(module: nn.Module) -> bool:
-    if type(module) not in PLAIN or "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in HOOKS):
+    if type(module) not in PLAIN or not is_untouched(module):
         return False
     return getattr(module, "approximate", "none") == "none" and getattr(module, "eps", NORM_EPS) == NORM_EPS
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sp_fast.errors import CheckpointError
+from sp_fast.errors import CheckpointError, first_line
 from sp_fast.stored_tensor import DTYPES, LONGEST_LIST, StoredTensor, check_listed
 from sp_fast.torch_files import read_torch
 
@@ -116,11 +116,6 @@ def read_json(path: Path) -> Any:
     """What a small file of JSON holds. Raises OSError or ValueError."""
     with path.open("rb") as file:
         return _parsed(file.read(LONGEST_LIST + 1))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _in_memory(name: object, tensor: object) -> StoredTensor:

@@ -209,6 +209,27 @@ def test_what_changes_after_accelerate_is_seen():
         model.encode_images(x)
 
 
+@pytest.mark.parametrize("path", ["conv_4", "conv_4.0", "conv_24", "conv_linear", "conv_linear.0"])
+def test_a_hook_on_what_a_call_would_pass_by_is_seen(path):
+    model = accelerate(model_of(POOL))
+    handle = model.model.get_submodule(path).register_forward_hook(lambda *_: None)
+    with pytest.raises(OfficialModelError, match=rf"{path} is a \w+ that does more than"):
+        model.encode_images(pixels(model))
+    handle.remove()
+    model.encode_images(pixels(model))
+
+
+@pytest.mark.parametrize(
+    "path", ["conv_linear.1", "query_projector", "value_projector.0", "mm_projector", "mm_projector.2"]
+)
+def test_a_hook_on_another_layer_is_called(path):
+    model = accelerate(model_of(POOL))
+    calls = []
+    model.model.get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+    model.encode_images(pixels(model))
+    assert calls == [1]
+
+
 def test_an_own_instance_method_comes_back():
     model = model_of("conv336")
     model.encode_images = own = types.MethodType(standin.Model.encode_images, model)

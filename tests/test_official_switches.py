@@ -97,6 +97,18 @@ def dispatched(model):
     model.model.conv_CM.forward = model.model.conv_CM.forward
 
 
+def hooked_output(model):
+    model.model.conv_linear.register_forward_hook(lambda *_: None)
+
+
+def other_stride(model):
+    model.model.conv_CM.stride = (3, 3)
+
+
+def other_activation(model):
+    model.model.conv_linear[0] = nn.GELU("tanh")
+
+
 def mixed(model):
     model.model.conv_8.half()
 
@@ -114,8 +126,11 @@ DAMAGE = {
     conv_block: "conv_block checkpoint, which is not supported",
     unloaded: r"does not encode an image .*load_model\(\)",
     sharded: r"conv_8.weight has shape \[0\]",
-    hooked: "conv_8 is a Conv2d that does more than multiply",
-    dispatched: "conv_CM is a Conv2d that does more than multiply",
+    hooked: "conv_8 is a Conv2d that does more than",
+    dispatched: "conv_CM is a Conv2d that does more than",
+    hooked_output: "conv_linear is a Sequential that does more than",
+    other_stride: r"conv_CM is Conv2d\(8, 4, kernel_size=\(16, 16\), stride=\(3, 3\).*stride=\(2, 2\)",
+    other_activation: r"conv_linear.0 is GELU\(approximate='tanh'\).*'none'",
     mixed: "several kinds",
     replaced: "encode_images was replaced",
     with_cls: "577 patch features: no square map",

@@ -15,7 +15,8 @@ from sp_fast import layout
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import OfficialModelError
 from sp_fast.extractors import WindowedExtractor
-from sp_fast.official.packing import PackedConvolutions, live, unpack
+from sp_fast.official.live import check_untouched, live
+from sp_fast.official.packing import PackedConvolutions, unpack
 from sp_fast.official.switches import read_variant
 from sp_fast.projector import SPProjector
 
@@ -43,7 +44,7 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
     own = vars(inner).get("encode_images", inner.encode_images)
     if not isinstance(own, types.MethodType):
         raise OfficialModelError(f"encode_images was replaced by {own!r}, which cannot be read: put the method back")
-    _, config = read_variant(inner, own.__func__)
+    config = read_variant(inner, own.__func__)
     try:
         encoder = FastEncoder(inner.get_model(), config, backend, vars(inner).get("encode_images"))
     except Exception:
@@ -92,8 +93,10 @@ class FastEncoder:
     def _link(self) -> None:
         """Puts the model's modules of now, adapters and all, into the projector."""
         core, config, projector = self._core, self.projector.config, self.projector
-        projector.patch_mlp = live(core, "mm_projector")
-        projector.output = live(core, f"{layout.output_module(config)}.1")
+        output = layout.output_module(config)
+        for path in (output, f"{output}.0"):  # their GELU is computed here
+            check_untouched(core, path, nn.Module)
+        projector.patch_mlp, projector.output = live(core, "mm_projector"), live(core, f"{output}.1")
         if projector.integrator is not None:
             for part in layout.PARTS:
                 for detail in range(len(config.detail_kernels)):

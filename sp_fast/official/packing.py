@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from sp_fast.errors import OfficialModelError
 from sp_fast.layout import Entry
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from sp_fast.official.live import check_untouched, live
 
 
 class PackedConvolutions:
@@ -108,14 +107,10 @@ class PackedConvolutions:
         found = []
         for entry in self._entries:
             path = entry.official.removesuffix(".weight")
-            conv = live(self._core, path)
-            if type(conv) is not nn.Conv2d or "forward" in conv.__dict__ or any(getattr(conv, name) for name in _HOOKS):
-                raise OfficialModelError(
-                    f"{path} is a {type(conv).__name__} that does more than multiply (an adapter, a forward hook, a "
-                    "replaced forward, as with device_map over several devices), which the fast path would pass by: "
-                    "take that off, or call restore(model)"
-                )
-            found.append(conv)
+            root = path.split(".")[0]
+            for name, _ in live(self._core, root).named_modules(prefix=root):  # a pool is passed by too
+                check_untouched(self._core, name, nn.Conv2d if name == path else nn.Module)
+            found.append(live(self._core, path))
         return found
 
     def _weights(self) -> list[nn.Parameter]:
@@ -148,18 +143,6 @@ class _Packed(torch.autograd.Function):
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
         return None, *(part if want else None for part, want in zip(ctx.packed.split(grad), wanted, strict=True))
-
-
-def live(module: nn.Module, path: str) -> nn.Module:
-    """The module at ``path`` that a call would reach: of PEFT's ModulesToSaveWrapper, the copy that is active."""
-    for name in path.split("."):
-        module = getattr(module, name)
-        if type(module).__name__ == "ModulesToSaveWrapper":
-            active = module.active_adapter
-            active = active if isinstance(active, str) else next(iter(active), None)
-            saved = not module.disable_adapters and active in module.modules_to_save
-            module = module.modules_to_save[active] if saved else module.original_module
-    return module
 
 
 def unpack(core: nn.Module) -> None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from sp_fast.config import SPProjectorConfig
-from sp_fast.errors import CheckpointError, OfficialModelError
+from sp_fast.errors import CheckpointError, OfficialModelError, first_line
 from sp_fast.geometry import crop_start
-from sp_fast.official.packing import live
+from sp_fast.layout import output_module
+from sp_fast.official.live import live
 from sp_fast.recognise import PROJECTOR_NAME, recognise
 from sp_fast.reference import ReferenceSPProjector
 
@@ -48,8 +49,8 @@ class Features(NamedTuple):
     patches: Tensor
 
 
-def read_variant(model: nn.Module, encode_images: Callable[..., Tensor]) -> tuple[str, SPProjectorConfig]:
-    """The official name and the configuration of what the model's modules, tower and ``encode_images`` compute.
+def read_variant(model: nn.Module, encode_images: Callable[..., Tensor]) -> SPProjectorConfig:
+    """The configuration of what the model's modules, tower and ``encode_images`` compute.
 
     ``encode_images`` is the model's method, as a function of ``self`` and images. The tower runs once, on one image.
 
@@ -61,6 +62,7 @@ def read_variant(model: nn.Module, encode_images: Callable[..., Tensor]) -> tupl
     features = _tower_features(core.get_vision_tower())
     grid = math.isqrt(features.patches.shape[1])
     candidates = _candidates(shapes, grid)
+    _check_layers(core, next(iter(candidates.values())))
     _check_tower(list(candidates), features, grid)
     given = _Recording(next(iter(candidates.values())))
     try:
@@ -68,7 +70,7 @@ def read_variant(model: nn.Module, encode_images: Callable[..., Tensor]) -> tupl
     except Exception as error:
         raise OfficialModelError(
             f"the modules are those of {' or '.join(candidates)}, but encode_images fails on them "
-            f"({_first_line(error)}): {SAME_VARIANT}"
+            f"({first_line(error)}): {SAME_VARIANT}"
         ) from error
     differences = {}
     for name, config in candidates.items():
@@ -76,7 +78,7 @@ def read_variant(model: nn.Module, encode_images: Callable[..., Tensor]) -> tupl
         reference = expected.of_reference(core, features.patches)
         difference = expected.difference(given) or _different("encode_images returns", tokens, reference)
         if difference is None:
-            return name, config
+            return config
         differences[name] = difference
     found = (f"the modules are those of {name}, but {difference}" for name, difference in differences.items())
     raise OfficialModelError(f"{'; '.join(found)}: {SAME_VARIANT}")
@@ -116,6 +118,30 @@ def _candidates(shapes: dict[str, tuple[int, ...]], grid: int) -> dict[str, SPPr
         raise OfficialModelError(str(error)) from error
 
 
+def _check_layers(core: nn.Module, config: SPProjectorConfig) -> None:
+    """Of modules that are not called whole, what keys do not tell: strides, pools, activations, further layers."""
+    for name, module in ReferenceSPProjector(config, device="meta").named_children():
+        if name.startswith("conv_") or name == output_module(config):
+            needed, found = dict(_plain_modules(module, name)), dict(_plain_modules(live(core, name), name))
+            for path in [*needed, *(path for path in found if path not in needed)]:
+                if _layer(found.get(path)) != _layer(needed.get(path)):
+                    raise OfficialModelError(
+                        f"{path} is {_layer(found.get(path))}, where the official code has {_layer(needed.get(path))}: "
+                        "the fast path computes that layer and no other; put it back"
+                    )
+
+
+def _layer(module: nn.Module | None) -> str:
+    """As torch prints it; of a linear layer, which is called as it is, only that it is one."""
+    if module is None:
+        return "nothing"
+    if hasattr(module, "out_features"):
+        return "a linear layer"
+    if isinstance(module, nn.AdaptiveAvgPool2d) and isinstance(module.output_size, int):
+        return f"{type(module).__name__}(output_size={(module.output_size,) * 2})"
+    return f"{type(module).__name__}({module.extra_repr()})"
+
+
 def _tower_features(tower: Any) -> Features:
     """The tower's answer to one image of seeded noise."""
     try:
@@ -129,7 +155,7 @@ def _tower_features(tower: Any) -> Features:
         )
     except Exception as error:
         raise OfficialModelError(
-            f"the vision tower does not encode an image ({_first_line(error)}): load it first "
+            f"the vision tower does not encode an image ({first_line(error)}): load it first "
             "(model.get_vision_tower().load_model()), with mm_vision_select_feature 'patch'; it must return crops or "
             "the map, and patch features"
         ) from error
@@ -254,7 +280,3 @@ def _different(what: str, found: Tensor, expected: Tensor) -> str | None:
     if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
         return f"{what} other values than are needed, in the right shape {list(found.shape)}"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
