@@ -1,0 +1,146 @@
+"""LLaVA-SP as transformers' users know models: LLaVA with the spatial projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
+
+from sp_fast.errors import CheckpointError
+from sp_fast.llava_sp.configuration import LlavaSpConfig
+from sp_fast.llava_sp.tower import patch_features
+from sp_fast.projector import SPProjector
+from sp_fast.recognise import listed
+
+PROJECTOR = "multi_modal_projector"
+
+
+class LlavaSpPreTrainedModel(LlavaPreTrainedModel):
+    """What the models with and without a head share."""
+
+    config_class = LlavaSpConfig
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint without all of the projector is an error.
+
+        Raises:
+            CheckpointError: projector weights are missing, which transformers would replace by random ones.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if lost := [key for key in info["missing_keys"] if PROJECTOR in key]:
+            raise CheckpointError(
+                f"{args[0] if args else 'the state dict'} lacks {listed(lost)}: give a whole LLaVA-SP checkpoint of "
+                "this configuration (sp-fast convert makes one from official files)"
+            )
+        return (model, info) if output_loading_info else model
+
+
+class LlavaSpModel(LlavaSpPreTrainedModel, LlavaModel):
+    """Vision tower, ``SPProjector`` and language model, without the head."""
+
+    def __init__(self, config: LlavaSpConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = SPProjector(config.projector)
+        self.language_model = AutoModel.from_config(config.text_config)
+        for module in self.multi_modal_projector.modules():
+            module._is_hf_initialized = True  # by itself, as the official code's layers are
+        self.post_init()
+
+    def get_patch_features(self, pixel_values: Tensor) -> Tensor:
+        """``[images, 3, height, width]`` to ``[images, N, C]``: the tower's selected layer, CLS removed."""
+        return patch_features(self.vision_tower, pixel_values, self.config.vision_feature_layer)
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """``[images, 3, height, width]`` to ``[images, T + N, H]``: spatial tokens first."""
+        return self.multi_modal_projector(self.get_patch_features(pixel_values))
+
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """As LLaVA's: ``pooler_output`` holds each image's tokens ``[T + N, H]``."""
+        return BaseModelOutputWithPooling(pooler_output=list(self.encode_images(pixel_values)))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As LLaVA's, with one difference: the image token needs no row in the vocabulary.
+
+        Args:
+            input_ids: ``[B, L]``, with ``config.image_seq_length`` image tokens for each image.
+            pixel_values: ``[images, 3, height, width]``, all images of the batch in reading order.
+            inputs_embeds: ``[B, L, H]``, instead of ``input_ids`` and images.
+            mm_encoder_outputs: ``{"image": get_image_features(...)}``, instead of ``pixel_values``.
+
+        Raises:
+            ValueError: there are not as many image tokens as the images give, or images without ``input_ids``.
+        """
+        tokens = None
+        if (encoded := (mm_encoder_outputs or {}).get("image")) is not None:
+            tokens = torch.cat(list(encoded.pooler_output))
+        elif pixel_values is not None:
+            tokens = self.encode_images(pixel_values).flatten(0, 1)
+        if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and tokens is not None):
+            raise ValueError("give input_ids, with or without images, or inputs_embeds alone")
+        if input_ids is not None:
+            inputs_embeds = self._embed(input_ids, tokens)
+        outputs = super().forward(inputs_embeds=inputs_embeds, **kwargs)
+        outputs.image_hidden_states = tokens
+        return outputs
+
+    def _embed(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
+        """``[B, L, H]``: the vocabulary's rows, with ``image_tokens`` ``[images * (T + N), H]`` in their places."""
+        is_image = input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        self._check_places(is_image, 0 if image_tokens is None else len(image_tokens))
+        if image_tokens is None:
+            return embeds
+        return embeds.masked_scatter(is_image.unsqueeze(-1).to(embeds.device), image_tokens.to(embeds))
+
+    def _check_places(self, is_image: Tensor, tokens: int) -> None:
+        """Not while a graph is compiled, and not for a decoded token: it would make the CPU wait for the GPU."""
+        if torch.compiler.is_compiling() or (is_image.shape[1] == 1 and not tokens):
+            return
+        if (places := int(is_image.sum())) != tokens:
+            each = self.config.image_seq_length
+            raise ValueError(
+                f"the prompts have {places} image tokens and the images {tokens} ({tokens // each} images of {each}): "
+                "every image of pixel_values needs its <image> in the text, which LlavaSpProcessor expands"
+            )
+
+
+class LlavaSpForConditionalGeneration(LlavaSpPreTrainedModel, LlavaForConditionalGeneration):
+    """LLaVA-SP with its language model's head: what is trained and generates."""
+
+    def __init__(self, config: LlavaSpConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = LlavaSpModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: a prompt as long as the language model's context, or longer, image tokens included.
+        """
+        prompt = next(
+            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+        )
+        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        if prompt is not None and context is not None and prompt.shape[1] >= context:
+            raise ValueError(
+                f"the prompt has {prompt.shape[1]} tokens, image tokens included ({self.config.image_seq_length} an "
+                f"image), but the language model's context is {context}: shorten it, or leave images out"
+            )
+        return super().generate(inputs, *args, **kwargs)

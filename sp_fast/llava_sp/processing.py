@@ -1,0 +1,108 @@
+"""LlavaSpProcessor: images and text to what the model takes, and the chat templates of the published recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import LlavaProcessor
+
+from sp_fast.errors import ConfigError
+from sp_fast.llava_sp.tower import tower_kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sp_fast.llava_sp.configuration import LlavaSpConfig
+
+IMAGE_TOKEN = "<image>"
+_CONTENT = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}"
+)
+_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+#: Of LLaVA's conversation modes. "plain" is stage 1's: the image, then its caption.
+CHAT_TEMPLATES = {
+    "vicuna_v1": (
+        "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
+        "{% set message = messages[0] %}" + _CONTENT + "{{ ' ' }}"
+        "{% else %}{% set turns = messages %}{{ '" + _SYSTEM.replace("'", "\\'") + " ' }}{% endif %}"
+        "{% for message in turns %}{% if message['role'] == 'user' %}"
+        "{{ 'USER: ' }}" + _CONTENT + "{{ ' ' }}"
+        "{% else %}{{ 'ASSISTANT: ' }}{% generation %}" + _CONTENT + "{{ eos_token }}{% endgeneration %}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+    "plain": (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
+        + _CONTENT
+        + "{{ '\n' }}{% endgeneration %}{% else %}{{ '<image>' }}{% endif %}{% endfor %}"
+    ),
+}
+
+
+class LlavaSpProcessor(LlavaProcessor):
+    """LLaVA's processor, where an image stands for T spatial and N patch tokens."""
+
+    @classmethod
+    def for_model(
+        cls, config: LlavaSpConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = "vicuna_v1"
+    ) -> LlavaSpProcessor:
+        """The processor of a model: its image size, its number of image tokens, its image token.
+
+        The tokenizer gets ``<image>`` as a special token if it has none. Images are padded to a square of the mean
+        colour, as in the published recipe, then scaled bicubically and normalised as the tower was trained.
+
+        Args:
+            chat_template: a name of ``CHAT_TEMPLATES``, a template, or None to keep the tokenizer's own.
+
+        Raises:
+            ConfigError: the tokenizer's image token is not ``config.image_token_id``.
+        """
+        add_image_token(tokenizer)
+        found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if found != config.image_token_id:
+            raise ConfigError(
+                f"{IMAGE_TOKEN} is token {found} of the tokenizer, but the model's image_token_index is "
+                f"{config.image_token_id}: give the tokenizer that the model was made with"
+            )
+        kind, size = tower_kind(config.vision_config), config.vision_config.image_size
+        template = CHAT_TEMPLATES.get(chat_template, chat_template) or tokenizer.chat_template
+        return cls(
+            image_processor=_image_processor(size, has_cls=kind.has_cls),
+            tokenizer=tokenizer,
+            patch_size=config.vision_config.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            chat_template=template,
+            image_token=IMAGE_TOKEN,
+            num_additional_image_tokens=config.projector.spatial_tokens + kind.has_cls,
+        )
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of ``<image>``, which is added as a special token where it is missing; and a padding token, which a batch
+    needs, where there is none: the unknown token, as in Vicuna's recipe, else the end of text."""
+    from tokenizers import AddedToken
+
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [AddedToken(IMAGE_TOKEN, special=True, normalized=False)]}
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"  # to generate; a trainer pads on the right itself
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+def _image_processor(size: int, has_cls: bool) -> Any:
+    try:
+        from transformers import LlavaImageProcessorPil as Processor
+    except ImportError:
+        from transformers import LlavaImageProcessor as Processor
+    settings: dict[str, Any] = {"do_pad": True, "size": {"shortest_edge": size}}
+    if not has_cls:  # SigLIP's normalisation
+        settings |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    return Processor(**settings, crop_size={"height": size, "width": size})
