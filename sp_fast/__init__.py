@@ -1,7 +1,6 @@
 """sp_fast: the LLaVA-SP projector, number for number, at the speed that the memory allows.
 
-``SPProjector``, ``ReferenceSPProjector`` and ``SPProjectorConfig`` are loaded on first use, so that importing the
-package (and ``sp-fast --help``) does not import torch.
+Its names are loaded on first use, so that importing the package (and ``sp-fast --help``) does not import torch.
 """
 
 from __future__ import annotations
@@ -23,9 +22,17 @@ _HOMES = {
     "SPProjector": "sp_fast.projector",
     "ReferenceSPProjector": "sp_fast.reference",
     "CheckpointError": "sp_fast.errors",
+    "compile_model": "sp_fast.llava_sp.compile",
 }
 
-__all__ = ["CheckpointError", "ReferenceSPProjector", "SPProjector", "SPProjectorConfig", "__version__"]
+__all__ = [
+    "CheckpointError",
+    "ReferenceSPProjector",
+    "SPProjector",
+    "SPProjectorConfig",
+    "__version__",
+    "compile_model",
+]
 
 
 def __getattr__(name: str) -> object:

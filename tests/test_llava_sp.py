@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import tiny
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from sp_fast import ReferenceSPProjector, SPProjectorConfig
-from sp_fast.errors import ConfigError
+from sp_fast.errors import ConfigError, ImageError
 from sp_fast.llava_sp import LlavaSpConfig, LlavaSpForConditionalGeneration
 from sp_fast.vision import CLIP_L_336
+from tests import tiny
 
 PROMPTS = {
     "text only": "hello there",
@@ -72,7 +72,7 @@ def test_a_batch_with_left_padding_equals_singles(name):
     model = tiny.model_of()
     prompts = [PROMPTS[name], PROMPTS["text only"], PROMPTS["start"]]
     images = [[tiny.image(10 * i + j) for j in range(p.count("<image>"))] for i, p in enumerate(prompts)]
-    together = tiny.inputs_of(model, prompts, sum(images, []))
+    together = tiny.inputs_of(model, prompts, [image for row in images for image in row])
     batch = model.generate(**together, max_new_tokens=16, do_sample=False)[:, together["input_ids"].shape[1] :]
     for i, prompt in enumerate(prompts):
         inputs = tiny.inputs_of(model, prompt, images[i])
@@ -150,9 +150,11 @@ def test_wrong_numbers_of_images():
         model(input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match=r"67 image tokens and the images 0"):
         model.generate(input_ids=inputs["input_ids"], max_new_tokens=1)
-    with pytest.raises(ValueError, match="no images were passed"):
+    with pytest.raises(ImageError, match="the text has 1 <image> and 0 images are given"):
         tiny.processor_of(model.config)(text="<image>")
-    with pytest.raises(ValueError, match="Found total 2 <image> tokens and 1 images"):
+    with pytest.raises(ImageError, match="the text has 0 <image> and 1 images are given"):
+        tiny.processor_of(model.config)(text=["a", "b"], images=tiny.image())
+    with pytest.raises(ImageError, match="the text has 2 <image> and 1 images are given"):
         tiny.processor_of(model.config)(text="<image><image>", images=[tiny.image()])
     with pytest.raises(ValueError, match="give input_ids, with or without images"):
         model(inputs_embeds=torch.zeros(1, 67, 32), pixel_values=inputs["pixel_values"])

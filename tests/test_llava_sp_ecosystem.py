@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests import tiny
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,6 +22,7 @@ from transformers import (
 from sp_fast.errors import CheckpointError, ConfigError
 from sp_fast.llava_sp import LlavaSpConfig, LlavaSpForConditionalGeneration, LlavaSpModel, LlavaSpProcessor
 from sp_fast.llava_sp.processing import CHAT_TEMPLATES
+from tests import tiny
 
 LANGUAGE_MODEL = r".*language_model.*(q_proj|v_proj|up_proj)"
 TALK = [

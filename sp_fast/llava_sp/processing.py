@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaProcessor
+from transformers.image_utils import make_flat_list_of_images
 
-from sp_fast.errors import ConfigError
+from sp_fast.errors import ConfigError, ImageError
 from sp_fast.llava_sp.tower import tower_kind
 
 if TYPE_CHECKING:
@@ -46,6 +47,18 @@ CHAT_TEMPLATES = {
 
 class LlavaSpProcessor(LlavaProcessor):
     """LLaVA's processor, where an image stands for T spatial and N patch tokens."""
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Raises ImageError where the prompts ask for more images than are given, or for fewer."""
+        if text is not None:
+            wanted = sum(prompt.count(self.image_token) for prompt in ([text] if isinstance(text, str) else text))
+            given = 0 if images is None else len(make_flat_list_of_images(images))
+            if wanted != given:
+                raise ImageError(
+                    f"the text has {wanted} {self.image_token} and {given} images are given: each image needs its "
+                    f"{self.image_token} in the text, in order"
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
 
     @classmethod
     def for_model(

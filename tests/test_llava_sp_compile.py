@@ -1,0 +1,213 @@
+"""Compiled generation: the same tokens, few graphs, none broken. ``aot_eager`` traces all that inductor would compile."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from sp_fast import compile_model
+from sp_fast.errors import ConfigError
+from tests import tiny
+
+ENCODE, PREFILL, DECODE = "tower and projector", "prefill", "decode"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model, **kwargs):
+    return compile_model(model, **{"buckets": (96, 160), "max_new_tokens": 24, "backend": "aot_eager", **kwargs})
+
+
+def requests(model):
+    """Two batches of two prompts, one for each bucket."""
+    short = tiny.inputs_of(model, ["<image>\nwhat?", "and <image>"], [tiny.image(0), tiny.image(1)])
+    long = tiny.inputs_of(model, ["<image>" + "what is it? " * 6, "one <image>"], [tiny.image(2), tiny.image(3)])
+    assert short["input_ids"].shape[1] < 96 < long["input_ids"].shape[1] < 160
+    return short, long
+
+
+@pytest.mark.parametrize(("text", "tower"), [("llama", "clip"), ("qwen2", "siglip"), ("mistral", "clip")])
+def test_the_same_tokens_from_one_graph_a_region_and_bucket(text, tower):
+    model = tiny.model_of(text, tower)
+    plain = [model.generate(**inputs, max_new_tokens=20, do_sample=False) for inputs in requests(model)]
+    compilation = compiled(model)
+    report = compilation.warm_up(batch=2)
+    assert report == {
+        "buckets": [96, 160],
+        "cache_tokens": 184,
+        "graphs": {ENCODE: 1, PREFILL: 2, DECODE: 1},
+        "recompilations": {},
+    }
+    for _ in range(2):
+        for inputs, expected in zip(requests(model), plain, strict=True):
+            assert model.generate(**inputs, max_new_tokens=20, do_sample=False).equal(expected)
+    assert compilation.report() == report
+
+
+def test_another_batch_size_is_reported():
+    model = tiny.model_of()
+    compilation = compiled(model, buckets=(96,))
+    compilation.warm_up(batch=1)
+    inputs, _ = requests(model)
+    model.generate(**inputs, max_new_tokens=4)
+    assert compilation.recompilations == {ENCODE: 1, PREFILL: 1, DECODE: 1}
+    compilation.warm_up(batch=2)
+    assert not compilation.recompilations
+
+
+def test_text_only_compiles_no_tower():
+    model = tiny.model_of()
+    inputs = tiny.inputs_of(model, "hello")
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    compilation = compiled(model, buckets=(16,))
+    assert compilation.warm_up(images=0)["graphs"] == {PREFILL: 1, DECODE: 1}
+    assert model.generate(**inputs, max_new_tokens=8, do_sample=False).equal(expected)
+    assert not compilation.recompilations
+
+
+@pytest.mark.parametrize("part", ["vision_tower.encoder.layers.1", "multi_modal_projector", "language_model.layers.1"])
+def test_a_graph_break_is_an_error(part):
+    model = tiny.model_of()
+    module = model.model.get_submodule(part)
+    whole = module.forward
+
+    def broken(*args, **kwargs):
+        torch._dynamo.graph_break()
+        return whole(*args, **kwargs)
+
+    module.forward = broken
+    compiled(model)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        model.generate(**requests(model)[0], max_new_tokens=4)
+
+
+def test_restore():
+    model = tiny.model_of()
+    before = {id(module): set(vars(module)) for module in model.modules()}
+    inputs, _ = requests(model)
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    compilation = compiled(model)
+    model.generate(**inputs, max_new_tokens=8)
+    compilation.restore()
+    graphs = dict(compilation.graphs)
+    assert model.generate(**inputs, max_new_tokens=8, do_sample=False).equal(expected)
+    for name in ("generate", "encode_images", "forward", "_compiled_call", "_last_compile_config"):
+        for module in (model, model.model, model.model.language_model):
+            assert name in before[id(module)] or name not in vars(module)
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert compilation.graphs == graphs
+    compiled(model)
+
+
+def test_a_compiled_model_is_freed():
+    model = tiny.model_of()
+    compiled(model).warm_up()
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+
+
+UNFITTING = {
+    "too many tokens": ({"max_new_tokens": 25}, "25 new tokens are more than compile_model's max_new_tokens=24"),
+    "beams": ({"max_new_tokens": 4, "num_beams": 2}, "num_beams is given"),
+    "no length": ({}, "max_new_tokens is not given"),
+}
+
+
+@pytest.mark.parametrize("name", UNFITTING)
+def test_what_does_not_fit_runs_uncompiled_and_says_so(name, caplog):
+    model = tiny.model_of()
+    kwargs, message = UNFITTING[name]
+    inputs, _ = requests(model)
+    expected = model.generate(**inputs, **kwargs, do_sample=False)
+    compilation = compiled(model)
+    with caplog.at_level(logging.WARNING, "sp_fast"):
+        for _ in range(2):
+            assert model.generate(**inputs, **kwargs, do_sample=False).equal(expected)
+    assert [record.getMessage() for record in caplog.records] == [f"generate runs uncompiled: {message}"]
+    assert not compilation.graphs
+
+
+def test_a_prompt_beyond_the_largest_bucket_runs_uncompiled(caplog):
+    model = tiny.model_of()
+    compilation = compiled(model, buckets=(80,))
+    model.generate(**requests(model)[1], max_new_tokens=2)
+    assert "not shorter than the largest bucket, 80" in caplog.text
+    assert not compilation.graphs
+
+
+def test_max_length_streams_and_dictionaries():
+    class Streamer(BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens += ["end"]
+
+    model, streamer = tiny.model_of(), Streamer()
+    inputs = tiny.inputs_of(model, "<image>\nwhat?", [tiny.image()])
+    length = inputs["input_ids"].shape[1]
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    compiled(model)
+    assert model.generate(**inputs, max_length=length + 8, do_sample=False).equal(expected)
+    out = model.generate(
+        **inputs,
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        streamer=streamer,
+    )
+    assert out.sequences.equal(expected)
+    assert len(out.logits) == 8
+    assert streamer.tokens[-9:] == [*expected[0, length:].tolist(), "end"]
+
+
+def test_default_buckets():
+    assert compile_model(tiny.model_of(), max_new_tokens=32).buckets == (192, 384, 480)
+    assert compile_model(tiny.model_of(max_position_embeddings=4096)).buckets == (192, 384, 768, 1536, 2048)
+
+
+def test_what_cannot_be_compiled():
+    model = tiny.model_of()
+    with pytest.raises(
+        ConfigError, match=r"buckets=\(96, 500\) and max_new_tokens=24 .* context or sliding window of 512"
+    ):
+        compiled(model, buckets=(500, 96))
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ConfigError, match="'flash_attention_2', which breaks the graph"):
+        compiled(model)
+    model.model.language_model.config._attn_implementation = "sdpa"
+    with pytest.raises(ConfigError, match=r"not a LlavaSpModel: .* merge the adapters first"):
+        compile_model(model.model)
+    with pytest.raises(ConfigError, match=r"sliding window of 100"):
+        compiled(tiny.model_of("mistral", sliding_window=100))
+    compiled(model)
+    with pytest.raises(ConfigError, match="compiled already"):
+        compiled(model)
+
+
+@pytest.mark.campaign
+def test_inductor():
+    model = tiny.model_of()
+    plain = [model.generate(**inputs, max_new_tokens=20, do_sample=False) for inputs in requests(model)]
+    compilation = compiled(model, backend="inductor")
+    compilation.warm_up(batch=2)
+    for inputs, expected in zip(requests(model), plain, strict=True):
+        assert model.generate(**inputs, max_new_tokens=20, do_sample=False).equal(expected)
+    assert not compilation.recompilations
