@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -77,6 +78,19 @@ def test_a_lost_projector_weight_is_an_error(saved):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
+def test_a_quantised_projector_is_an_error(saved, monkeypatch):
+    model, folder = saved
+
+    def quantised(*_, **__):
+        output = model.model.multi_modal_projector.output
+        output.weight = torch.nn.Parameter(output.weight.detach().to(torch.int8), requires_grad=False)
+        return model, {"missing_keys": set()}
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", quantised)
+    with pytest.raises(CheckpointError, match=r"projector.output.weight was quantised to torch.int8.*skip_modules"):
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
 def test_no_network():
     code = (
         "import sp_fast.llava_sp\n"
@@ -109,6 +123,7 @@ def test_the_processor(saved):
     processor = AutoProcessor.from_pretrained(folder)
     assert type(processor) is LlavaSpProcessor
     assert processor.chat_template == CHAT_TEMPLATES["vicuna_v1"]
+    assert processor.tokenizer.padding_side == "left"
     inputs = processor(text="a <image> b <image>", images=[tiny.image(0), tiny.image(1)], return_tensors="pt")
     expected = tiny.inputs_of(model, "a <image> b <image>", [tiny.image(0), tiny.image(1)])
     assert inputs["input_ids"].equal(expected["input_ids"])

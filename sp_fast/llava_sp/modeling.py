@@ -23,15 +23,24 @@ class LlavaSpPreTrainedModel(LlavaPreTrainedModel):
     """What the models with and without a head share."""
 
     config_class = LlavaSpConfig
+    _core = ""  # where LlavaSpModel's parts are
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint without all of the projector is an error.
+        """As in transformers, but what is not a whole projector in floating point is an error.
 
         Raises:
-            CheckpointError: projector weights are missing, which transformers would replace by random ones.
+            CheckpointError: projector weights are missing, which transformers would replace by random ones, or were
+                quantised.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for name, parameter in model.get_submodule(f"{cls._core}{PROJECTOR}").named_parameters():
+            if not parameter.is_floating_point():
+                raise CheckpointError(
+                    f"{PROJECTOR}.{name} was quantised to {parameter.dtype}, which the projector does not compute "
+                    f"with: leave it out (llm_int8_skip_modules=['{PROJECTOR}', 'lm_head'] in BitsAndBytesConfig, "
+                    "modules_to_not_convert in others)"
+                )
         if lost := [key for key in info["missing_keys"] if PROJECTOR in key]:
             raise CheckpointError(
                 f"{args[0] if args else 'the state dict'} lacks {listed(lost)}: give a whole LLaVA-SP checkpoint of "
@@ -120,6 +129,8 @@ class LlavaSpModel(LlavaSpPreTrainedModel, LlavaModel):
 
 class LlavaSpForConditionalGeneration(LlavaSpPreTrainedModel, LlavaForConditionalGeneration):
     """LLaVA-SP with its language model's head: what is trained and generates."""
+
+    _core = "model."
 
     def __init__(self, config: LlavaSpConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)

@@ -106,7 +106,9 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"  # to generate; a trainer pads on the right itself
+    # To generate, prompts end together; a trainer pads by itself. Without the second line it would not be saved.
+    tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
 

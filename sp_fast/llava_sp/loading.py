@@ -1,0 +1,134 @@
+"""A model from its folder, ready to generate: the device, the number type and the attention are chosen before it loads,
+with a reason each."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from sp_fast.attention import VISION_TOWER, Attention, find_attention, resolve_attention
+from sp_fast.doctor.gather import host
+from sp_fast.errors import BackendError, CheckpointError, ResourceError, first_line
+from sp_fast.llava_sp.configuration import LlavaSpConfig
+from sp_fast.llava_sp.modeling import LlavaSpForConditionalGeneration
+from sp_fast.llava_sp.processing import LlavaSpProcessor
+from sp_fast.tensor_files import read_json, stored_tensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPILED = Attention("sdpa", "auto: a compiled static cache needs it")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode with its processor, and why it was loaded as it was."""
+
+    model: LlavaSpForConditionalGeneration
+    processor: LlavaSpProcessor
+    attention: Attention  # of the language model; the tower has VISION_TOWER
+    dtype_reason: str
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    attention: str = "auto",
+    compiled: bool = False,
+) -> Loaded:
+    """What ``save_pretrained`` or ``sp-fast convert`` wrote. Nothing is downloaded.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        dtype: of the weights; "auto" takes the files' own, but float32 in place of float16 on a CPU.
+        attention: of the language model: "auto", or a name of ``sp_fast.attention.ORDER``, which then has to run.
+        compiled: whether it will be given to ``compile_model``.
+
+    Raises:
+        CheckpointError: no such folder, another model's, or one that is not whole.
+        BackendError: a device, number type or attention that cannot run here.
+        ResourceError: the weights do not fit into memory.
+    """
+    path = Path(folder)
+    _check_folder(path)
+    where = _device(device)
+    tensors = stored_tensors(path)[1].values()
+    stored = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    kind, reason = _dtype(dtype, stored, where)
+    _check_memory(path, sum(math.prod(tensor.shape) for tensor in tensors) * kind.itemsize, where)
+    chosen = COMPILED if compiled and attention == "auto" else _attention(attention, where, kind)
+    names = {"text_config": chosen.name, "vision_config": VISION_TOWER.name}
+    try:
+        model = LlavaSpForConditionalGeneration.from_pretrained(
+            path, dtype=kind, device_map={"": where}, attn_implementation=names, local_files_only=True
+        )
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (CheckpointError, BackendError):
+        raise
+    except Exception as error:  # damaged files fail in any way
+        raise CheckpointError(f"{path} cannot be loaded ({first_line(error)}): convert or fetch it again") from error
+    return Loaded(model.eval(), processor, chosen, reason)
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder: give a local LLaVA-SP model; nothing is downloaded")
+    try:
+        config = read_json(path / "config.json")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be read ({first_line(error)})") from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != LlavaSpConfig.model_type:
+        raise CheckpointError(
+            f"{path} is of model_type {found!r}, not {LlavaSpConfig.model_type!r}: sp-fast convert makes one from an "
+            "official checkpoint"
+        )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(f"device {name!r} cannot be used ({first_line(error)}): choose cpu") from error
+    return device
+
+
+def _dtype(name: str, stored: set[str], device: torch.device) -> tuple[torch.dtype, str]:
+    """The type to load in, and why."""
+    if name == "auto":
+        if len(stored) != 1 or not stored <= DTYPES.keys():
+            raise BackendError(f"the files hold {', '.join(sorted(stored))}: choose a dtype of {', '.join(DTYPES)}")
+        own = next(iter(stored))
+        if own == "float16" and device.type == "cpu":
+            return torch.float32, "auto: the files are float16, which CPUs hardly multiply"
+        return DTYPES[own], "auto: the files' own"
+    if name not in DTYPES:
+        raise BackendError(f"dtype={name!r} is unknown; it must be 'auto' or one of {', '.join(DTYPES)}")
+    if name == "float16" and device.type == "cpu":
+        raise BackendError("dtype='float16' is for GPUs, and CPUs hardly multiply it: use 'float32' or 'bfloat16'")
+    return DTYPES[name], "requested"
+
+
+def _attention(requested: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    capability = None
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+    return resolve_attention(
+        requested, device=device.type, capability=capability, dtype=dtype, available=find_attention()
+    )
+
+
+def _check_memory(path: Path, needed: int, device: torch.device) -> None:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host().available
+    if needed > free:
+        raise ResourceError(
+            f"{path} needs {needed / 2**30:.1f} GiB for its weights, and {device} has {free / 2**30:.1f} GiB free: "
+            "choose dtype bfloat16, another device, or close other programs"
+        )
