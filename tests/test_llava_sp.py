@@ -156,14 +156,24 @@ def test_wrong_numbers_of_images():
         tiny.processor_of(model.config)(text=["a", "b"], images=tiny.image())
     with pytest.raises(ImageError, match="the text has 2 <image> and 1 images are given"):
         tiny.processor_of(model.config)(text="<image><image>", images=[tiny.image()])
-    with pytest.raises(ValueError, match="give input_ids, with or without images"):
-        model(inputs_embeds=torch.zeros(1, 67, 32), pixel_values=inputs["pixel_values"])
+    embeds = torch.zeros(1, 67, 32)
+    for wrong in (
+        {"inputs_embeds": embeds, "pixel_values": inputs["pixel_values"]},
+        {"inputs_embeds": embeds, "input_ids": inputs["input_ids"]},
+        {},
+    ):
+        with pytest.raises(ValueError, match="give input_ids, with or without images"):
+            model(**wrong)
 
 
 def test_a_prompt_beyond_the_context():
     model = tiny.model_of(max_position_embeddings=100)
     with pytest.raises(ValueError, match=r"134 tokens, image tokens included \(67 an image\).*context is 100"):
         model.generate(**tiny.inputs_of(model, "<image><image>", [tiny.image()] * 2))
+
+
+def test_generate_without_a_prompt():
+    assert tiny.model_of().generate(max_new_tokens=4).shape == (1, 5)  # from the beginning of text
 
 
 WRONG = {
@@ -197,6 +207,13 @@ def test_what_llava_sp_has_not(changes, message):
     parts = {"vision_config": tiny.TOWERS["clip"].to_dict(), "text_config": LlamaConfig(**tiny._TEXT).to_dict()}
     with pytest.raises(ConfigError, match=message):
         LlavaSpConfig(**{**parts, "projector_config": tiny.PROJECTOR, **changes})
+
+
+@pytest.mark.parametrize("sizes", [{"image_size": (32, 32)}, {"patch_size": (4, 4)}, {"image_size": 3}])
+def test_a_tower_without_whole_square_patches(sizes):
+    vision = {**tiny.TOWERS["clip"].to_dict(), **sizes}
+    with pytest.raises(ConfigError, match="must be pixels of a square image and patch"):
+        LlavaSpConfig(vision_config=vision, text_config=LlamaConfig(**tiny._TEXT).to_dict())
 
 
 def test_official_variants_by_name():

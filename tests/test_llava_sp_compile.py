@@ -1,4 +1,4 @@
-"""Compiled generation: the same tokens, few graphs, none broken. ``aot_eager`` traces all that inductor would compile."""
+"""Compiled generation: the same tokens, few graphs, none broken. Backends that only trace are quick, and see breaks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _fresh_dynamo():
 
 
 def compiled(model, **kwargs):
-    return compile_model(model, **{"buckets": (96, 160), "max_new_tokens": 24, "backend": "aot_eager", **kwargs})
+    return compile_model(model, **{"buckets": (96, 160), "max_new_tokens": 24, "backend": "eager", **kwargs})
 
 
 def requests(model):
@@ -36,11 +36,14 @@ def requests(model):
     return short, long
 
 
-@pytest.mark.parametrize(("text", "tower"), [("llama", "clip"), ("qwen2", "siglip"), ("mistral", "clip")])
-def test_the_same_tokens_from_one_graph_a_region_and_bucket(text, tower):
+@pytest.mark.parametrize(
+    ("text", "tower", "backend"),
+    [("llama", "clip", "aot_eager"), ("qwen2", "siglip", "eager"), ("mistral", "clip", "eager")],
+)
+def test_the_same_tokens_from_one_graph_a_region_and_bucket(text, tower, backend):
     model = tiny.model_of(text, tower)
     plain = [model.generate(**inputs, max_new_tokens=20, do_sample=False) for inputs in requests(model)]
-    compilation = compiled(model)
+    compilation = compiled(model, backend=backend)
     report = compilation.warm_up(batch=2)
     assert report == {
         "buckets": [96, 160],
@@ -96,7 +99,7 @@ def test_restore():
     before = {id(module): set(vars(module)) for module in model.modules()}
     inputs, _ = requests(model)
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    compilation = compiled(model)
+    compilation = compiled(model, buckets=(96,))
     model.generate(**inputs, max_new_tokens=8)
     compilation.restore()
     graphs = dict(compilation.graphs)
@@ -111,7 +114,7 @@ def test_restore():
 
 def test_a_compiled_model_is_freed():
     model = tiny.model_of()
-    compiled(model).warm_up()
+    compiled(model, buckets=(96,)).warm_up()
     gone = weakref.ref(model)
     del model
     torch._dynamo.reset()

@@ -124,6 +124,7 @@ def test_the_processor(saved):
     assert type(processor) is LlavaSpProcessor
     assert processor.chat_template == CHAT_TEMPLATES["vicuna_v1"]
     assert processor.tokenizer.padding_side == "left"
+    assert processor.decode([tiny.VOCABULARY, 5], skip_special_tokens=True) == tiny.tokenizer().decode([5])
     inputs = processor(text="a <image> b <image>", images=[tiny.image(0), tiny.image(1)], return_tensors="pt")
     expected = tiny.inputs_of(model, "a <image> b <image>", [tiny.image(0), tiny.image(1)])
     assert inputs["input_ids"].equal(expected["input_ids"])

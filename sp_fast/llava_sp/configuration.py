@@ -31,10 +31,11 @@ class LlavaSpConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        tower = tower_kind(self.vision_config)
         self.projector_config = self._fitting(self.projector_config).to_dict()
         projector = self.projector
         self.image_seq_length = projector.spatial_tokens + projector.patch_tokens
-        if not tower_kind(self.vision_config).has_cls:
+        if not tower.has_cls:
             self.vision_feature_select_strategy = "full"
         elif self.vision_feature_select_strategy != "default":
             raise ConfigError("vision_feature_select_strategy='full' would project the CLS token too: leave it out")
