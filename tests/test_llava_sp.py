@@ -130,6 +130,8 @@ def test_nothing_is_saved_for_the_backward_of_a_frozen_tower():
     assert not model.model.get_patch_features(pixels).requires_grad
     model.model.vision_tower.requires_grad_(True)
     assert model.model.get_patch_features(pixels).requires_grad
+    with torch.no_grad():
+        assert not model.model.get_patch_features(pixels).requires_grad
 
 
 def test_the_image_token_needs_no_row():

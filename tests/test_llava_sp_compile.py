@@ -57,6 +57,16 @@ def test_the_same_tokens_from_one_graph_a_region_and_bucket(text, tower, backend
     assert compilation.report() == report
 
 
+@pytest.mark.parametrize("tower", tiny.TOWERS)
+def test_the_whole_forward_is_one_graph(tower):
+    """Cold, too: transformers' own hooks, which break it, are not needed to read one hidden state."""
+    model = tiny.model_of(tower=tower)
+    inputs, _ = requests(model)
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="eager")(**inputs).logits
+        torch.testing.assert_close(found, model(**inputs).logits)
+
+
 def test_another_batch_size_is_reported():
     model = tiny.model_of()
     compilation = compiled(model, buckets=(96,))
