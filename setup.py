@@ -43,6 +43,8 @@ setup(
         "numpy",
         "packaging",
         "pillow",
+        "protobuf",  # with sentencepiece, for language models whose tokenizer is a tokenizer.model, as Vicuna's
+        "sentencepiece",
         "typer",
         "rich",
         "matplotlib",

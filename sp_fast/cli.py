@@ -12,10 +12,14 @@ from typing import Annotated
 import typer
 
 from sp_fast.bench.cli import app as bench
+from sp_fast.convert_cli import convert
+from sp_fast.generate_cli import generate
 from sp_fast.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
+app.command()(convert)
+app.command()(generate)
 
 
 class Dtype(enum.StrEnum):

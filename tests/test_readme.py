@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sp_fast import SPProjector, SPProjectorConfig
-from tests import standin
+from tests import standin, tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -34,6 +34,18 @@ def test_the_example_runs(tmp_path, monkeypatch):
     assert SPProjector.from_official("model.bin").config == again.config
 
 
+def test_the_model_answers(tmp_path, monkeypatch):
+    model = tiny.model_of()
+    model.save_pretrained(tmp_path / "llava-sp-7b")
+    tiny.processor_of(model.config).save_pretrained(tmp_path / "llava-sp-7b")
+    tiny.image().save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example("The whole model"), names)
+    assert (names["inputs"]["input_ids"] == model.config.image_token_id).sum() == model.config.image_seq_length
+    assert names["answer"].shape[1] == names["inputs"]["input_ids"].shape[1] + 64
+
+
 def test_the_line_for_the_official_code_runs():
     model = standin.randomise(standin.Model("conv336_cropping_sfe_dfi")).eval()
     tokens = model.encode_images(standin.batch(model)["images"])
@@ -52,7 +64,7 @@ def test_the_file_map_names_every_module():
     for name in named:
         assert any(
             (root / folder / name.removeprefix(folder)).is_file()
-            for folder in ("", "sp_fast/official/", *folders.values())
+            for folder in ("", "sp_fast/official/", "sp_fast/llava_sp/", *folders.values())
         ), name
     for path in [path for folder in folders.values() for path in (root / folder).glob("*.py")]:
         small = path.name in {"__init__.py", "__main__.py", "version.py", "errors.py", "backend.py"}
