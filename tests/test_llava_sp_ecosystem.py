@@ -9,12 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -130,6 +132,38 @@ def test_the_processor(saved):
     assert inputs["input_ids"].equal(expected["input_ids"])
     assert inputs["pixel_values"].equal(expected["pixel_values"])
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 2 * model.config.image_seq_length
+
+
+def sentencepiece(scheme):
+    """Characters, with SentencePiece's spaces."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "\u2581", "\n", *"USERAINT:?<ab", "\u2581what", "what", "\u2581USER:"]
+    raw = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "bytes"])
+def test_text_around_images_is_tokenised_as_officially(kind):
+    """Officially each text between images is tokenised on its own, and what it begins with dropped if that is <s>."""
+    tokenizer = tiny.tokenizer() if kind == "bytes" else sentencepiece(kind)
+    config = tiny.config_of(vocab_size=len(tokenizer))
+    config.image_token_index = len(tokenizer)
+    processor = LlavaSpProcessor.for_model(config, tokenizer)
+    for prompt in (
+        "USER: <image>\nab? A:",
+        "<image>ab",
+        "<image><image>\n",
+        "a<image>",
+        "ab",
+        "</s>a<image>b",
+    ):
+        pieces = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompt.split("<image>")]
+        expected = pieces[0]
+        for piece in pieces[1:]:
+            expected = [*expected, *[config.image_token_id] * config.image_seq_length, *piece]
+        images = [tiny.image()] * (len(pieces) - 1)
+        found = processor(text=prompt, images=images or None, add_special_tokens=False)["input_ids"][0]
+        assert found == expected, prompt
 
 
 def test_images_are_padded_to_squares_of_the_mean_colour():

@@ -186,7 +186,8 @@ def prompt_text(loaded: Loaded, request: Request, chat: bool) -> str:
 
 def prompt_tokens(loaded: Loaded, request: Request, chat: bool) -> int:
     """Length of a prompt, image tokens included, without its images being read."""
-    text = loaded.processor.tokenizer(prompt_text(loaded, request, chat))["input_ids"]
+    processor = loaded.processor
+    text = processor.tokenizer(processor.separated(prompt_text(loaded, request, chat)))["input_ids"]
     return len(text) + len(request.images) * (loaded.model.config.image_seq_length - 1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import TYPE_CHECKING, Any
 
 from transformers import LlavaProcessor
@@ -46,7 +48,31 @@ CHAT_TEMPLATES = {
 
 
 class LlavaSpProcessor(LlavaProcessor):
-    """LLaVA's processor, where an image stands for T spatial and N patch tokens."""
+    """LLaVA's processor, where an image stands for T spatial and N patch tokens.
+
+    The text after an image is tokenised as the official code does, on its own: a SentencePiece tokenizer then begins it
+    with a space, which one that is not ``legacy`` leaves out after a special token.
+    """
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As LLaVA's. Raises ImageError where the text has another number of ``<image>`` than images are given."""
+        if text is not None:
+            text = self.separated(text) if isinstance(text, str) else [self.separated(prompt) for prompt in text]
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def separated(self, prompt: str) -> str:
+        """The prompt with a space after each image, where the tokenizer needs it to begin a text there."""
+        if not self._wants_space:
+            return prompt
+        return re.sub(rf"({self.image_token})(?!{self.image_token}|\Z)", r"\1 ", prompt)
+
+    @functools.cached_property
+    def _wants_space(self) -> bool:
+        alone, after, spaced = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in ("\nx", f"{self.image_token}\nx", f"{self.image_token} \nx")
+        )
+        return after[1:] != alone == spaced[1:]
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Raises ImageError where the prompts ask for more images than are given, or for fewer."""
