@@ -40,6 +40,11 @@ class Case:
         """The case whose results judge this one: a backward alone is judged with its forward."""
         return replace(self, direction="both") if self.direction == "backward" else self
 
+    @property
+    def exact(self) -> Case:
+        """The case whose float64 results judge this one."""
+        return self.gate
+
     def inputs(self, seed: int, device: torch.device) -> tuple[Tensor, ...]:
         """Seeded random inputs of the stage, the same in every process: ``[B, N, C]`` with a mean a channel, as CLIP's
         have, or the tail's z."""

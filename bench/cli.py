@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,31 +10,27 @@ import typer
 
 from sp_fast.bench.command import run
 from sp_fast.bench.kernel_cli import static, tune
+from sp_fast.bench.model_cli import model
+from sp_fast.bench.options import (
+    DeviceOption,
+    ForceOption,
+    Format,
+    FormatOption,
+    JsonOption,
+    PlotOption,
+    ThreadsOption,
+    format_name,
+    show_records,
+    thread_count,
+    usable_device,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-class Format(enum.StrEnum):
-    """Of what is printed."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-    md = "md"
-
-
-FormatOption = Annotated[Format, typer.Option("--format", help="table, json, csv or md (Markdown).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="The same as --format json.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
-PlotOption = Annotated[
-    Path | None, typer.Option(help="Folder for figures, PNG and SVG: latency against batch, memory, roofline.")
-]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: every core.")]
-
-
 app.command()(static)
 app.command()(tune)
+app.command()(model)
 
 
 @app.callback()
@@ -94,7 +88,7 @@ def projector(
         from sp_fast.bench.record import Sink
         from sp_fast.bench.run import Plan
 
-        where = _device(device)
+        where = usable_device(device)
         overrides = {**(TINY if tiny else {}), **({"spatial_width": spatial_width} if spatial_width else {})}
         cases = projector_cases(
             variant or ["crop-dfi"], stage or ["whole"], direction or ["forward", "both"], batch or [1, 8],
@@ -107,9 +101,9 @@ def projector(
             check_free(planned(plot, {case.variant for case in cases}, {case.dtype for case in cases}))
         sink = Sink(out, force=force)
         seconds = 0.02 if tiny else 0.25
-        plan = Plan(cases, chosen, where, _threads(threads), turns, turn_seconds=seconds, seed=seed)
+        plan = Plan(cases, chosen, where, thread_count(threads), turns, turn_seconds=seconds, seed=seed)
         outcome = execute(plan, sink, console, rehearsal=tiny)
-        _show(outcome.records, _format(format_, as_json), plot, force, console)
+        show_records(outcome.records, format_name(format_, as_json), plot, force, console)
         return outcome.code
 
     run("projector", command)
@@ -122,7 +116,7 @@ def gpu(
     ],
     part: Annotated[
         list[str] | None,
-        typer.Option(help="baselines, accuracy, projector (by stage), variants. Default: all. Repeatable."),
+        typer.Option(help="baselines, accuracy, projector (by stage), variants, model. Default: all. Repeatable."),
     ] = None,
     device: DeviceOption = "cuda",
     threads: ThreadsOption = None,
@@ -130,7 +124,7 @@ def gpu(
     format_: FormatOption = Format.table,
     as_json: JsonOption = False,
 ) -> None:
-    """Everything worth measuring on a machine with a GPU: at most 8 minutes a part, 25 together; resumable.
+    """Everything worth measuring on a machine with a GPU: at most 8 minutes a part, 33 together; resumable.
 
     Needs only a checkout: python -m sp_fast.bench gpu --out DIR. Exit code 0: complete; 1: a row was withheld or time
     ran out (run it again to go on); 130: interrupted, finished rows are kept.
@@ -145,7 +139,7 @@ def gpu(
         from sp_fast.bench.plan import check_names
         from sp_fast.bench.record import Sink
 
-        setting = Setting(_device(device), _threads(threads), out, tiny)
+        setting = Setting(usable_device(device), thread_count(threads), out, tiny)
         check_names("part", part or (), tuple(PARTS))
         found, code = environment(torch.device(setting.device)), 0
         for name in part or PARTS:
@@ -156,7 +150,7 @@ def gpu(
                 continue
             outcome = execute(plan, sink, console, found, rehearsal=tiny)
             if outcome.records:
-                _show(outcome.records, _format(format_, as_json), None, False, console)
+                show_records(outcome.records, format_name(format_, as_json), None, False, console)
             if outcome.unfinished:
                 console.print(f"{name}: {outcome.unfinished} cases are left; run it again to go on", style="yellow")
             code = max(code, outcome.code)
@@ -180,7 +174,7 @@ def show(
     def command(console: Any) -> int:
         from sp_fast.bench.record import read_records
 
-        _show(read_records(results), _format(format_, as_json), plot, force, console)
+        show_records(read_records(results), format_name(format_, as_json), plot, force, console)
         return 0
 
     run("show", command)
@@ -214,41 +208,7 @@ def compare(
         if alone := missing(before, after):
             console.print(f"only in one of the two, not compared: {', '.join(alone)}", style="yellow", highlight=False)
         found = changes(before, after, threshold)
-        sys.stdout.write(CHANGE_FORMATS[_format(format_, as_json)](found))
+        sys.stdout.write(CHANGE_FORMATS[format_name(format_, as_json)](found))
         return int(any(change.verdict in BAD for change in found))
 
     run("compare", command, failed=2)
-
-
-def _show(records: list, format_: str, plot: Path | None, force: bool, console: Any) -> None:
-    """Prints records and draws their figures."""
-    from sp_fast.bench.formats import FORMATS
-
-    if not records:
-        console.print("no row was finished", style="yellow")
-        return
-    sys.stdout.write(FORMATS[format_](records))
-    if plot is not None:
-        from sp_fast.bench.plots import plot as draw
-
-        for path in draw(records, plot, force):
-            console.print(f"wrote {path}", highlight=False)
-
-
-def _format(format_: Format, as_json: bool) -> str:
-    return "json" if as_json else format_.value
-
-
-def _threads(threads: int | None) -> int:
-    return threads or len(os.sched_getaffinity(0))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    from sp_fast.bench.environment import check_device
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(name)
-    return name

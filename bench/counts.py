@@ -19,6 +19,9 @@ class Count:
     flop: int
     bytes: int
 
+    def __add__(self, other: Count) -> Count:
+        return Count(self.flop + other.flop, self.bytes + other.bytes)
+
 
 @dataclass(frozen=True)
 class Product:

@@ -90,7 +90,7 @@ def source_hash() -> str:
     """Of this package's own files: two results with the same one come from the same code, committed or not."""
     root = Path(sp_fast.__file__).resolve().parent
     files = {path for folder in sp_fast.__path__ for path in Path(folder).glob("*.py") if folder == str(root)}
-    for name in ("kernels", "bench"):
+    for name in ("kernels", "bench", "llava_sp"):
         files |= {path for folder in sp_fast.__path__ for path in (Path(folder) / name).rglob("*.py")}
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda path: (path.parent.name, path.name)):

@@ -39,7 +39,7 @@ class Outcome:
 def blank_record(plan: Plan, found: dict[str, Any]) -> Record:
     """What every record of a run shares."""
     return Record(
-        benchmark="projector", case="", implementation="", variant="", stage="", direction="", batch=0, dtype="",
+        benchmark="", case="", implementation="", variant="", stage="", direction="", batch=0, dtype="",
         grid=0, vision_width=0, spatial_width=0, text_width=0, device=plan.device, threads=plan.threads,
         run=f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}-{os.getpid()}", heat=0, environment=found,
     )  # fmt: skip

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sp_fast.bench.cases import DTYPES, STAGES, Case
+from sp_fast.bench.execute import blank_record
 from sp_fast.bench.implementations import OURS, YARDSTICK
 from sp_fast.bench.plan import TINY, implementations, projector_cases
 from sp_fast.bench.record import finished, read_records
 from sp_fast.bench.run import Plan
+from sp_fast.bench.suite import PROJECTOR, AnyCase, Suite
 from sp_fast.variants import OFFICIAL, SHORT
 
 PART_SECONDS = 420.0  # after which no further case is begun; the one that runs may take a minute more
@@ -21,8 +23,19 @@ DTYPE = "bfloat16"
 HEADLINE = "crop-dfi"
 TURNS, TURN_SECONDS = 5, 0.1
 PATIENCE_SECONDS = 120.0  # for one answer of a process, a compilation included
-Part = tuple[tuple[Case, ...], tuple[str, ...], int]  # cases, implementations, turns
+MODEL_TURNS, MODEL_PATIENCE_SECONDS = 2, 420.0  # a run is seconds, and a compilation minutes
 REHEARSED = ("crop-dfi", "conv336_adptive_pooling_multifuse_q")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part measures, and how often."""
+
+    cases: tuple[AnyCase, ...]
+    implementations: tuple[str, ...]
+    turns: int
+    suite: Suite = PROJECTOR
+    patience: float = PATIENCE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -42,29 +55,30 @@ def part_file(part: str, setting: Setting) -> Path:
 
 def part_plan(part: str, setting: Setting, environment: dict[str, Any]) -> Plan:
     """What is left to do of a part: cases that these sources have not measured on this machine, or not rightly."""
-    cases, names, turns = PARTS[part](setting)
+    chosen = PARTS[part](setting)
     path = part_file(part, setting)
     earlier = read_records(path) if path.is_file() and path.stat().st_size else []
     done = finished(r for r in earlier if all(r.environment.get(key) == environment[key] for key in SAME))
     plan = Plan(
-        cases,
-        names,
+        chosen.cases,
+        chosen.implementations,
         setting.device,
         setting.threads,
-        min(turns, 1) if setting.tiny else turns,
+        min(chosen.turns, 1) if setting.tiny else chosen.turns,
         0.02 if setting.tiny else TURN_SECONDS,
         deadline=time.monotonic() + PART_SECONDS,
-        patience=PATIENCE_SECONDS,
+        patience=chosen.patience,
+        suite=chosen.suite,
     )
-    return replace(plan, cases=tuple(case for case in cases if not _identities(case, plan) <= done))
+    return replace(plan, cases=tuple(case for case in chosen.cases if not _identities(case, plan) <= done))
 
 
-def _identities(case: Case, plan: Plan) -> set[tuple[str, ...]]:
+def _identities(case: AnyCase, plan: Plan) -> set[tuple[str, ...]]:
     """Of the records that the case will give."""
-    config = case.config
-    widths = map(str, (config.grid, config.vision_width, config.spatial_width, config.text_width))
-    rest = (plan.device.partition(":")[0], *widths)
-    return {("projector", case.key, name, *rest) for name in plan.implementations}
+    blank = blank_record(plan, {})
+    return {
+        replace(blank, implementation=name, **plan.suite.fields(case, name)).identity for name in plan.implementations
+    }
 
 
 def _timed_cases(
@@ -83,16 +97,13 @@ def _timed_cases(
 def _baselines(setting: Setting) -> Part:
     """The headline: the whole projector beside every baseline."""
     cases = _timed_cases(setting, HEADLINE, ("whole",), (1, 8, 32, 256), (1, 8, 16, 32))
-    return tuple(cases), implementations(setting.device, ()), TURNS
+    return Part(tuple(cases), implementations(setting.device, ()), TURNS)
 
 
 def _projector(setting: Setting) -> Part:
     """Where the time goes: the projector stage by stage."""
-    return (
-        tuple(_timed_cases(setting, HEADLINE, STAGES[1:], (1, 32), (1, 32))),
-        implementations(setting.device, ()),
-        TURNS,
-    )
+    cases = tuple(_timed_cases(setting, HEADLINE, STAGES[1:], (1, 32), (1, 32)))
+    return Part(cases, implementations(setting.device, ()), TURNS)
 
 
 def _variants(setting: Setting) -> Part:
@@ -101,7 +112,7 @@ def _variants(setting: Setting) -> Part:
         *_timed_cases(setting, "pool", ("whole",), (1, 8, 32), ()),
         *_timed_cases(setting, "pool-dfi", ("whole",), (1, 8, 32), (1, 32)),
     ]
-    return tuple(cases), implementations(setting.device, ()), TURNS
+    return Part(tuple(cases), implementations(setting.device, ()), TURNS)
 
 
 def _accuracy(setting: Setting) -> Part:
@@ -109,7 +120,26 @@ def _accuracy(setting: Setting) -> Part:
     variants = REHEARSED if setting.tiny else (*OFFICIAL, *(name for name in SHORT if name.startswith("sliding")))
     overrides = TINY if setting.tiny else {}
     found = [projector_cases(variants, ["whole"], ["both"], [2], [dtype], overrides) for dtype in (DTYPE, *DTYPES)]
-    return tuple(dict.fromkeys(case for cases in found for case in cases)), (OURS, YARDSTICK), 0
+    return Part(tuple(dict.fromkeys(case for cases in found for case in cases)), (OURS, YARDSTICK), 0)
+
+
+def _model(setting: Setting) -> Part:
+    """A whole 7B LLaVA-SP, official form and ours, and LLaVA-1.5: eager and compiled, one prompt before eight."""
+    from sp_fast.bench.model_cases import IMPLEMENTATIONS, Lengths, attentions_on, model_cases
+    from sp_fast.bench.model_shapes import ModelShape
+    from sp_fast.bench.model_suite import MODEL
+
+    shape, lengths = ModelShape("7b", "clip-l-336"), Lengths()
+    if setting.tiny:
+        shape, lengths = ModelShape("tiny", "tiny"), Lengths(8, 4)
+    attentions = {DTYPE: tuple(attentions_on(setting.device, DTYPE, ["auto", "sdpa"]))}
+    cases: list[AnyCase] = []
+    for batch in (1,) if setting.tiny else (1, 8):
+        stages = ("ttft", "prefill", "decode", "end_to_end")
+        cases += model_cases([shape], stages, [batch], [DTYPE], attentions, ["eager"], lengths)
+        # compile_model takes sdpa; a flash package's attention breaks its graphs
+        cases += model_cases([shape], stages, [batch], [DTYPE], {DTYPE: ["sdpa"]}, ["compiled"], lengths)
+    return Part(tuple(cases), IMPLEMENTATIONS, MODEL_TURNS, MODEL, MODEL_PATIENCE_SECONDS)
 
 
 PARTS: dict[str, Callable[[Setting], Part]] = {
@@ -117,4 +147,5 @@ PARTS: dict[str, Callable[[Setting], Part]] = {
     "accuracy": _accuracy,
     "projector": _projector,
     "variants": _variants,
+    "model": _model,
 }

@@ -50,7 +50,7 @@ class Fast(Implementation):
     """The projector of this package."""
 
     def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
-        _sum_in_float32()
+        sum_in_float32()
         self.module = SPProjector(config, device="meta", dtype=_dtype(weights)).to_empty(device=device)
         places = official_entries(self.module)
         fill("the weights", self.module, places, weights)
@@ -103,7 +103,7 @@ class Reference(Implementation):
     def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
         if type(self) in (Reference, Exact):
-            _sum_in_float32()
+            sum_in_float32()
         self.module = ReferenceSPProjector(config, device="meta", dtype=_dtype(weights)).to_empty(device=device)
         with torch.no_grad():
             for key, parameter in self.module.named_parameters():
@@ -246,7 +246,7 @@ class Exact(Reference):
         return torch.nn.grad.conv2d_weight(x, conv.weight.shape, z.grad, stride=conv.stride)
 
 
-def _sum_in_float32() -> None:
+def sum_in_float32() -> None:
     """For what is held to the accuracy rule; the other baselines keep torch's defaults, which may be faster."""
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -37,7 +37,7 @@ def projector_cases(
         check_names(kind, given, known)
     if min(batches) < 1:
         raise ConfigError(f"batch {min(batches)} is no number of images: give 1 or more")
-    configs = {variant: SPProjectorConfig.variant(variant, **_fitting(variant, overrides)) for variant in variants}
+    configs = {variant: SPProjectorConfig.variant(variant, **fitting(variant, overrides)) for variant in variants}
     cases = tuple(
         Case(variant, configs[variant], stage, direction, batch, dtype)
         for variant, dtype, stage, direction, batch in itertools.product(variants, dtypes, stages, directions, batches)
@@ -48,7 +48,7 @@ def projector_cases(
     return cases
 
 
-def _fitting(variant: str, overrides: dict[str, Any]) -> dict[str, Any]:
+def fitting(variant: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """A transformer keeps the vision tower's width."""
     if SPProjectorConfig.variant(variant).extractor == "transformer" and "spatial_width" in overrides:
         return {**overrides, "spatial_width": overrides.get("vision_width", 1024)}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 
-from sp_fast.bench import budget
-from sp_fast.bench.cases import Case
-from sp_fast.bench.implementations import OURS, YARDSTICK
 from sp_fast.bench.memory import available_mib
-from sp_fast.bench.subject import ProjectorJob
-from sp_fast.bench.worker import Worker
+from sp_fast.bench.suite import PROJECTOR, AnyCase, Suite
+from sp_fast.bench.worker import Job, Worker
 from sp_fast.errors import ResourceError
 
 SHARE = 0.9  # of the free memory; the rest is the system's
@@ -24,7 +22,7 @@ class Pool:
         self._threads, self._patience = threads, patience
         self._workers: dict[str, Worker] = {}
 
-    def build(self, job: ProjectorJob) -> Worker:
+    def build(self, job: Job) -> Worker:
         """The process of the job's implementation, with its subject; a dead one is replaced."""
         name = job.implementation
         if name in self._workers and not self._workers[name].alive:
@@ -45,27 +43,23 @@ class Pool:
             worker.close()
 
 
-def heats_of(cases: list[Case], implementations: tuple[str, ...], device: str) -> list[tuple[str, ...]]:
+def heats_of(
+    cases: Sequence[AnyCase], implementations: tuple[str, ...], device: str, suite: Suite = PROJECTOR
+) -> list[tuple[str, ...]]:
     """The implementations in groups that fit into memory; ours is in each, the yardstick of the gate in the first.
 
     Raises:
         ResourceError: not even one fits beside ours.
     """
-    first = cases[0]
-    backward = any(case.direction != "forward" for case in cases)
-    batch = max(case.batch for case in cases)
-    arguments = (first.config, first.dtype, batch, backward)
-    available, idle = SHARE * available_mib(torch.device(device)), budget.idle_mib(first.config, first.dtype)
-    running = budget.running_mib(*arguments, compiled="compiled" in implementations)
-    others = [name for name in implementations if name != OURS]
-    if YARDSTICK not in others:
-        others.insert(0, YARDSTICK)
-    ours = [OURS] if OURS in implementations else []
-    room = int((available - running) / idle) - len(ours)
-    required = max((1 + len(ours)) * idle + running, budget.exact_mib(*arguments))
+    needs, available = suite.needs(cases, implementations), SHARE * available_mib(torch.device(device))
+    others = [name for name in implementations if name != suite.ours]
+    if suite.yardstick not in others:
+        others.insert(0, suite.yardstick)
+    ours = [suite.ours] if suite.ours in implementations else []
+    room = int((available - needs.running_mib) / needs.idle_mib) - len(ours)
+    required = max((1 + len(ours)) * needs.idle_mib + needs.running_mib, needs.exact_mib)
     if room < 1 or available < required:
         raise ResourceError(
-            f"{first.variant} in {first.dtype} at batch {batch} needs about {required:,.0f} MiB, but "
-            f"{available:,.0f} MiB are available: choose a smaller --spatial-width or --batch, or bfloat16"
+            f"{needs.what} needs about {required:,.0f} MiB, but {available:,.0f} MiB are available: {needs.way_out}"
         )
     return [(*ours, *others[i : i + room]) for i in range(0, len(others), room)]

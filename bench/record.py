@@ -23,7 +23,7 @@ class RecordError(SPFastError):
 class Record:
     """One implementation at one case. Figures are None where they were withheld, failed, or cannot be had."""
 
-    benchmark: str  # "projector"
+    benchmark: str  # "projector" or "model"
     case: str
     implementation: str
     variant: str
@@ -66,7 +66,16 @@ class Record:
     error: float | None = None  # against float64: largest relative Frobenius norm of an output or gradient
     reference_error: float | None = None  # the official form's, in the same dtype
     withheld: str | None = None  # why no figure is given: it failed, or its results are wrong
-    note: str | None = None  # why memory or energy is missing
+    note: str | None = None  # why memory or energy is missing, or what else there is to say
+    # of the model's benchmark only
+    llm: str | None = None  # a name of model_shapes.LLMS, or a model's folder
+    tower: str | None = None
+    attention: str | None = None  # the language model's
+    mode: str | None = None  # eager or compiled
+    image_tokens: int | None = None  # of one image
+    prompt_tokens: int | None = None  # of text, beside the image
+    new_tokens: int | None = None
+    tokens_per_second: float | None = None  # new ones, of the whole batch
     peaks: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT

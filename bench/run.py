@@ -16,18 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from sp_fast.bench.cases import DTYPES, Case, stages_of
-from sp_fast.bench.counts import count
+from sp_fast.bench.counts import Count
 from sp_fast.bench.energy import Energy
 from sp_fast.bench.gate import Gate, Verdict, results
-from sp_fast.bench.implementations import EXACT, YARDSTICK
 from sp_fast.bench.memory import Memory
 from sp_fast.bench.pool import Pool, heats_of
 from sp_fast.bench.record import Record
 from sp_fast.bench.roofline import Peaks
-from sp_fast.bench.subject import ProjectorJob
+from sp_fast.bench.suite import PROJECTOR, AnyCase, Suite
 from sp_fast.bench.timing import Times
-from sp_fast.bench.worker import PATIENCE_SECONDS, Worker
+from sp_fast.bench.worker import PATIENCE_SECONDS, Job, Worker
 from sp_fast.errors import SPFastError, first_line
 
 ENERGY_SECONDS = 0.5
@@ -37,7 +35,7 @@ ENERGY_SECONDS = 0.5
 class Plan:
     """What to measure, and how."""
 
-    cases: tuple[Case, ...]
+    cases: tuple[AnyCase, ...]
     implementations: tuple[str, ...]
     device: str = "cpu"
     threads: int = 2
@@ -47,6 +45,7 @@ class Plan:
     seed: int = 0
     deadline: float | None = None  # time.monotonic() after which no further case is begun
     patience: float = PATIENCE_SECONDS  # that one answer of a process may take
+    suite: Suite = PROJECTOR  # what the cases are of
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Heat:
 
     number: int
     names: tuple[str, ...]
-    job: ProjectorJob  # of any of them
+    job: Job  # of any of them
     gate: Gate
 
 
@@ -81,32 +80,33 @@ class Bench:
     blank: Record
     add: Callable[[Record], None]
     progress: Progress
-    unfinished: list[Case] = field(default_factory=list)
+    unfinished: list[AnyCase] = field(default_factory=list)
 
     def run(self) -> None:
         """Raises ResourceError where nothing of the plan fits into memory; else what does not fit is withheld."""
-        groups = [list(g) for _, g in itertools.groupby(self.plan.cases, key=lambda case: (case.config, case.dtype))]
-        heats = [_tried(lambda g=g: heats_of(g, self.plan.implementations, self.plan.device)) for g in groups]
+        plan, suite = self.plan, self.plan.suite
+        groups = [list(g) for _, g in itertools.groupby(plan.cases, key=suite.weights)]
+        heats = [_tried(lambda g=g: heats_of(g, plan.implementations, plan.device, suite)) for g in groups]
         if groups and all(isinstance(found, Exception) for found in heats):
             raise heats[0]
         fitting = [(g, found) for g, found in zip(groups, heats, strict=True) if not isinstance(found, Exception)]
         self.progress.total = sum(len(group) * len(names) for group, found in fitting for names in found)
         with tempfile.TemporaryDirectory(prefix="sp_fast-bench-", ignore_cleanup_errors=True) as folder:
-            pool = Pool(self.plan.threads, self.plan.patience)
+            pool = Pool(plan.threads, plan.patience)
             try:
                 for group, found in zip(groups, heats, strict=True):
                     if isinstance(found, Exception):
-                        self._withhold(group, self.plan.implementations, 0, found)
+                        self._withhold(group, plan.implementations, 0, found)
                     else:
                         self._group(group, found, pool, Path(folder))
             finally:
                 pool.close()
 
-    def _group(self, cases: list[Case], heats: list[tuple[str, ...]], pool: Pool, folder: Path) -> None:
+    def _group(self, cases: list[AnyCase], heats: list[tuple[str, ...]], pool: Pool, folder: Path) -> None:
         """All cases on one set of weights."""
-        first = cases[0]
-        job = ProjectorJob(EXACT, first.config, DTYPES[first.dtype], self.plan.device, self.plan.seed, folder)
-        gate = Gate(first.dtype)
+        suite = self.plan.suite
+        job = suite.job(cases[0], self.plan.device, self.plan.seed, folder)
+        gate = suite.gate(cases[0])
         self._expect(cases, job, gate, pool)
         for number, names in enumerate(heats):
             pool.keep(*names)
@@ -117,16 +117,16 @@ class Bench:
                 else:
                     self._case(case, heat, pool)
 
-    def _expect(self, cases: list[Case], job: ProjectorJob, gate: Gate, pool: Pool) -> None:
+    def _expect(self, cases: list[AnyCase], job: Job, gate: Gate, pool: Pool) -> None:
         """The float64 results of every case, by a process that is alone meanwhile."""
-        pool.keep(EXACT)
-        for case in dict.fromkeys(case.gate for case in cases):
+        pool.keep(self.plan.suite.exact)
+        for case in dict.fromkeys(case.exact for case in cases):
             if self._late():
                 return
             self.progress.step(f"{case.key}: float64")
             gate.expect(case, _tried(lambda c=case: results(c, pool.build(job))))
 
-    def _case(self, case: Case, heat: Heat, pool: Pool) -> None:
+    def _case(self, case: AnyCase, heat: Heat, pool: Pool) -> None:
         """The gate, memory, the turns, energy."""
         workers, verdicts = self._judge(case, heat, pool)
         taking_part: dict[str, Record] = {}
@@ -143,21 +143,22 @@ class Bench:
             return {name: _tried(lambda n=name: workers[n].ask(question, case, *arguments)) for name in taking_part}
 
         memory = each("memory")
-        graph = all(captured is True for captured in each("capture").values())
+        suite = self.plan.suite
+        graph = suite.captured(case) and all(captured is True for captured in each("capture").values())
         turns = []
         for turn in range(self.plan.turns):
             self.progress.step(f"{case.key}: turn {turn + 1} of {self.plan.turns}")
             turns.append(each("time", self.plan.turn_seconds, self.plan.turn_runs, graph))
-        energy = each("energy", ENERGY_SECONDS, graph) if case.stage == "whole" else {}
+        energy = each("energy", ENERGY_SECONDS, graph) if suite.metered(case) else {}
         for name, record in taking_part.items():
             times = [turn[name] for turn in turns]
             self.add(self._measured(case, record, memory[name], times, energy.get(name, Energy())))
 
-    def _judge(self, case: Case, heat: Heat, pool: Pool) -> tuple[dict[str, Worker], dict[str, Verdict | Exception]]:
+    def _judge(self, case: AnyCase, heat: Heat, pool: Pool) -> tuple[dict[str, Worker], dict[str, Verdict | Exception]]:
         """The processes of a heat, and the verdicts on what they compute: the yardstick first."""
         workers: dict[str, Worker] = {}
         verdicts: dict[str, Verdict | Exception] = {}
-        for name in sorted(heat.names, key=lambda name: name != YARDSTICK):
+        for name in sorted(heat.names, key=lambda name: name != self.plan.suite.yardstick):
             self.progress.step(f"{case.key}: {name}, accuracy", 1)
             built = _tried(lambda n=name: pool.build(replace(heat.job, implementation=n)))
             if isinstance(built, Exception):
@@ -167,46 +168,47 @@ class Bench:
                 verdicts[name] = _tried(lambda n=name, w=built: heat.gate.judge(n, case, w))
         return workers, verdicts
 
-    def _withhold(self, cases: list[Case], names: tuple[str, ...], heat: int, why: Exception) -> None:
+    def _withhold(self, cases: list[AnyCase], names: tuple[str, ...], heat: int, why: Exception) -> None:
         for case, name in itertools.product(cases, names):
             self.add(self._record(case, name, heat, why))
 
-    def _record(self, case: Case, name: str, heat: int, verdict: Verdict | Exception) -> Record:
-        config = case.config
-        record = replace(
-            self.blank, case=case.key, implementation=name, variant=case.variant, stage=case.stage,
-            direction=case.direction, batch=case.batch, dtype=case.dtype, heat=heat, grid=config.grid,
-            vision_width=config.vision_width, spatial_width=config.spatial_width, text_width=config.text_width,
-        )  # fmt: skip
+    def _record(self, case: AnyCase, name: str, heat: int, verdict: Verdict | Exception) -> Record:
+        record = replace(self.blank, implementation=name, heat=heat, **self.plan.suite.fields(case, name))
         if isinstance(verdict, Exception):
             return replace(record, withheld=first_line(verdict))
-        return replace(record, error=verdict.error, reference_error=verdict.reference_error, withheld=verdict.withheld)
+        return replace(
+            record, error=verdict.error, reference_error=verdict.reference_error, withheld=verdict.withheld,
+            note=verdict.note,
+        )  # fmt: skip
 
     def _measured(
-        self, case: Case, record: Record, memory: Memory | Exception, times: list, energy: Energy | Exception
+        self, case: AnyCase, record: Record, memory: Memory | Exception, times: list, energy: Energy | Exception
     ) -> Record:
         """With its figures; without a time there is none, the rest may be missing."""
         if failed := next((turn for turn in times if not isinstance(turn, Times)), None):
             return replace(record, withheld=first_line(failed))
         ms = [value for turn in times for value in turn.ms]
         p20, p50, p80 = (float(value) for value in np.percentile(ms, (20, 50, 80)))
-        needed = count(case)
+        needed = sum(self.plan.suite.steps(case, record.implementation), start=Count(0, 0))
         figures = {
             "runs": len(ms), "timer": times[-1].timer, "ms_p20": p20, "ms_p50": p50, "ms_p80": p80,
             "flop": needed.flop, "bytes": needed.bytes, "tflops": needed.flop / p50 / 1e9,
-            "gbps": needed.bytes / p50 / 1e6,
+            "gbps": needed.bytes / p50 / 1e6, **self.plan.suite.figures(case, p50),
         }  # fmt: skip
+        notes = [record.note] if record.note else []
         for answer in (memory, energy):
-            figures |= {"note": first_line(answer)} if isinstance(answer, Exception) else asdict(answer)
+            if isinstance(answer, Exception):
+                notes.append(first_line(answer))
+            else:
+                figures |= asdict(answer)
         if self.peaks:
-            figures |= self._roof(case, p50)
-        return replace(record, **figures)
+            figures |= self._roof(case, record.implementation, needed, p50)
+        return replace(record, note="; ".join(notes) or None, **figures)
 
-    def _roof(self, case: Case, p50: float) -> dict[str, Any]:
-        needed, dtype = count(case), case.dtype
-        roof = self.peaks.roof_ms(needed, dtype)
-        parts = [stage for stage in stages_of(case.config) if stage != "whole"] if case.stage == "whole" else []
-        serial = sum(self.peaks.roof_ms(count(replace(case, stage=stage)), dtype) for stage in parts) or roof
+    def _roof(self, case: AnyCase, name: str, needed: Count, p50: float) -> dict[str, Any]:
+        suite, dtype = self.plan.suite, case.dtype
+        roof = sum(self.peaks.roof_ms(step, dtype) for step in suite.steps(case, name))
+        serial = sum(self.peaks.roof_ms(part, dtype) for part in suite.parts(case, name))
         bound = self.peaks.bound(needed, dtype)
         return {"roof_ms": roof, "serial_ms": serial, "roof_share": roof / p50, "bound": bound}
 

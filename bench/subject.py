@@ -88,10 +88,10 @@ class ProjectorSubject:
         to the key's bias): alone, such a tensor is rounding noise on both sides and has no relative error.
         """
         self._free(case)
-        self._poison()
+        poison(self._device)
         outputs = self.forward(case)()
         found = {name: self._sample(tensor) for name, tensor in _named(case, outputs).items()}
-        for seed in range(1, _seeds(found) if self._job.features is None else 1):
+        for seed in range(1, seeds_for(found) if self._job.features is None else 1):
             inputs, function, _ = self._prepare(case)
             inputs = self._implementation.accept(case.inputs(self._job.seed + seed, self._device))
             with torch.set_grad_enabled(case.direction != "forward"):
@@ -145,19 +145,7 @@ class ProjectorSubject:
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def _sample(self, tensor: Tensor) -> Tensor:
-        """Flat and in float64: all elements, or SAMPLED of them, the same for every implementation."""
-        tensor = tensor.detach()
-        if tensor.numel() <= SAMPLED:
-            return tensor.double().flatten().cpu()
-        generator = torch.Generator().manual_seed(self._job.seed)
-        chosen = torch.randint(tensor.numel(), (SAMPLED,), generator=generator).to(self._device)
-        return tensor[torch.unravel_index(chosen, tensor.shape)].double().cpu()
-
-    def _poison(self) -> None:
-        """What the allocator hands out next holds NaN, so that an element that nobody writes shows."""
-        if self._device.type == "cuda":
-            for size in (2**16, 2**20, 2**24, 2**28):
-                torch.full((size,), math.nan, device=self._device)
+        return sampled(tensor, self._job.seed)
 
     def _free(self, case: Case) -> None:
         self.module.zero_grad(set_to_none=True)
@@ -170,6 +158,23 @@ class ProjectorSubject:
         return str(path)
 
 
+def sampled(tensor: Tensor, seed: int) -> Tensor:
+    """Flat and in float64: all elements, or SAMPLED of them, the same for every implementation."""
+    tensor = tensor.detach()
+    if tensor.numel() <= SAMPLED:
+        return tensor.double().flatten().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(tensor.numel(), (SAMPLED,), generator=generator).to(tensor.device)
+    return tensor[torch.unravel_index(chosen, tensor.shape)].double().cpu()
+
+
+def poison(device: torch.device) -> None:
+    """What the allocator hands out next holds NaN, so that an element that nobody writes shows."""
+    if device.type == "cuda":
+        for size in (2**16, 2**20, 2**24, 2**28):
+            torch.full((size,), math.nan, device=device)
+
+
 def _named(case: Case, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Spatial and patch tokens apart: an error of the few would drown in the many."""
     if case.stage != "whole":
@@ -178,7 +183,7 @@ def _named(case: Case, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {"spatial_tokens": outputs[0][:, :spatial], "patch_tokens": outputs[0][:, spatial:]}
 
 
-def _seeds(found: dict[str, Tensor]) -> int:
+def seeds_for(found: dict[str, Tensor]) -> int:
     """How many inputs it takes until the smallest output has POOLED elements: on few, equal implementations differ by
     chance."""
     return min(MOST_SEEDS, math.ceil(POOLED / max(1, min(map(len, found.values())))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ def present(found: Iterable[Row]) -> list[str]:
     return [name for name in (*BASELINES, OURS) if name in names and name in IMPLEMENTATIONS]
 
 
-def withheld(records: Iterable[Record]) -> list[tuple[str, str]]:
+def withheld(records: Iterable[Record], labels: Mapping[str, str] = LABELS) -> list[tuple[str, str]]:
     """What has no figure, and why; each once."""
-    found = {(f"{r.case}, {LABELS[r.implementation]}", r.withheld): None for r in records if r.withheld}
+    found = {(f"{r.case}, {labels[r.implementation]}", r.withheld): None for r in records if r.withheld}
     return list(found)

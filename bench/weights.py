@@ -19,12 +19,13 @@ def random_weights(
     """Seeded weights in the official layout, each made on the device when it is read: nothing is 0 or 1 that need
     not be."""
     return {
-        key: StoredTensor(shape, dtype, lambda key=key, shape=shape: _random(key, shape, seed, device).to(dtype))
+        key: StoredTensor(shape, dtype, lambda key=key, shape=shape: random_tensor(key, shape, seed, device).to(dtype))
         for key, shape in official_shapes(config).items()
     }
 
 
-def _random(key: str, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+def random_tensor(key: str, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Of a parameter's name and the seed, in float32."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(key.encode()) ^ seed)
     if len(shape) == 1:  # biases around 0, normalisation weights around 1
         centre = 0.0 if key.endswith("bias") else 1.0

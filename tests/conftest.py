@@ -34,4 +34,26 @@ def local_workers(monkeypatch):
     for module in (pool, execute):
         monkeypatch.setattr(module, "Worker", LocalWorker)
     monkeypatch.setattr(pool, "available_mib", lambda _: 1e6)
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # a fifth of a second in a process as full as pytest's
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # a fifth of a second in a process as full as pytest's
+
+
+@pytest.fixture
+def few_inputs(monkeypatch):
+    """Of a model's benchmark: two judge it, where a tiny model would get eight."""
+    from sp_fast.bench import model_subject
+
+    monkeypatch.setattr(model_subject, "seeds_for", lambda _: 2)
+
+
+@pytest.fixture(scope="session")
+def finished():
+    """A tiny model's records, measured once in this process."""
+    from sp_fast.bench import model_subject, pool
+    from tests.bench_helpers import LocalWorker
+    from tests.bench_model_helpers import measure_everything
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "Worker", LocalWorker)
+        patch.setattr(pool, "available_mib", lambda _: 1e6)
+        patch.setattr(model_subject, "seeds_for", lambda _: 2)
+        return measure_everything()

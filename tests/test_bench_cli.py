@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sp_fast.bench import gpu, pool, worker
+from sp_fast.bench import gpu, model_subject, pool, worker
 from sp_fast.bench.gpu import PARTS, Setting, part_plan
 from sp_fast.bench.record import Sink, read_records
 from sp_fast.bench.roofline import Peaks
@@ -31,7 +31,8 @@ def bench(*arguments):
 @pytest.fixture
 def local(monkeypatch, local_workers):
     """No processes, no peaks to wait for, eager everything."""
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: f)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(model_subject, "seeds_for", lambda _: 2)  # inputs, where a tiny model would get eight
     rates = dict.fromkeys(("float32", "bfloat16", "float16"), 0.1)
     monkeypatch.setattr(worker, "measure_peaks", lambda *_: Peaks(20.0, 22.0, rates))
 
@@ -111,6 +112,9 @@ def test_the_gpu_command_is_rehearsed(local, tmp_path):
     }
     assert {r.stage for r in read_records(tmp_path / "out" / "projector.jsonl")} == {"spatial", "detail", "tail", "mlp"}
     assert {r.variant for r in read_records(tmp_path / "out" / "variants.jsonl")} == {"pool", "pool-dfi"}
+    assert {(r.mode, r.implementation) for r in read_records(tmp_path / "out" / "model.jsonl")} == {
+        (mode, name) for mode in ("eager", "compiled") for name in ("sp_fast", "sp_reference", "llava")
+    }
     judged = read_records(tmp_path / "out" / "accuracy.jsonl")
     assert {r.dtype for r in judged} == {"float32", "bfloat16", "float16"}
     assert all(r.ms_p50 is None for r in judged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 
@@ -195,6 +196,16 @@ def test_an_image_that_cannot_be_read(folder, loaded):
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:200])
     with pytest.raises(ImageError, match=r"request 7: .*broken.png cannot be read"):
         next(answer(loaded, [Request("a", (folder / "broken.png",), 7)], GREEDY))
+
+
+def test_no_network(folder, monkeypatch):
+    def connect(*_):
+        raise AssertionError("something reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    assert list(answer(load_model(folder), [Request("hello")], GREEDY))
+    with pytest.raises(CheckpointError, match="nobody/model is no folder: give a local .* nothing is downloaded"):
+        load_model("nobody/model")
 
 
 def official(folder):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -91,18 +88,6 @@ def test_a_quantised_projector_is_an_error(saved, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", quantised)
     with pytest.raises(CheckpointError, match=r"projector.output.weight was quantised to torch.int8.*skip_modules"):
         AutoModelForImageTextToText.from_pretrained(folder)
-
-
-def test_no_network():
-    code = (
-        "import sp_fast.llava_sp\n"
-        "from transformers import AutoModelForImageTextToText as A\n"
-        "A.from_pretrained('nobody/no-such-model')"
-    )
-    environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HF_HOME": "/nonexistent"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
-    assert done.returncode == 1
-    assert "nobody/no-such-model" in done.stderr.splitlines()[-1] or "offline" in done.stderr.lower()
 
 
 def test_pipeline(saved):
