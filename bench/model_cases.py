@@ -121,17 +121,12 @@ def attentions_on(device: str, dtype: str, requested: Sequence[str]) -> dict[str
     Raises:
         BackendError: an unknown one, or a forced one that cannot run there.
     """
-    from sp_fast.attention import find_attention, resolve_attention
+    from sp_fast.attention import attention_on
 
-    where, capability = torch.device(device), None
-    if where.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(where)
-        capability = 10 * major + minor
     check_names("dtype", [dtype], tuple(DTYPES))
-    settings = {"device": where.type, "capability": capability, "dtype": DTYPES[dtype], "available": find_attention()}
     found: dict[str, str] = {}
     for name in requested:
-        attention = resolve_attention(name, **settings)
+        attention = attention_on(name, torch.device(device), DTYPES[dtype])
         found.setdefault(attention.name, attention.reason)
     return found
 

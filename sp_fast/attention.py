@@ -1,7 +1,7 @@
 """Which attention a model is loaded with: the fastest that is installed and runs there, with the reason.
 
 transformers imports a flash package when a model is loaded, and a missing one is an ImportError then: so it is chosen
-before. Nothing here imports torch or a flash package.
+before. Importing this imports neither torch nor a flash package.
 """
 
 from __future__ import annotations
@@ -104,6 +104,19 @@ def resolve_attention(
     if name in FLASH:
         return Attention(name, f"auto: {FLASH[name].distribution} is installed and suits {chip}")
     return Attention(name, f"auto: torch's own flash or cuDNN kernel, no flash package that suits {chip} is installed")
+
+
+def attention_on(requested: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """``resolve_attention`` for this machine. Raises BackendError as it does."""
+    import torch
+
+    capability = None
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+    return resolve_attention(
+        requested, device=device.type, capability=capability, dtype=dtype, available=find_attention()
+    )
 
 
 def _why_no_flash(device: str, capability: int | None, dtype: torch.dtype) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor
 
-from sp_fast.attention import VISION_TOWER, Attention, find_attention, resolve_attention
+from sp_fast.attention import VISION_TOWER, Attention, attention_on
 from sp_fast.doctor.gather import host
 from sp_fast.errors import BackendError, CheckpointError, ResourceError, first_line
 from sp_fast.llava_sp.configuration import LlavaSpConfig
@@ -61,7 +61,7 @@ def load_model(
     stored = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
     kind, reason = _dtype(dtype, stored, where)
     _check_memory(path, sum(math.prod(tensor.shape) for tensor in tensors) * kind.itemsize, where)
-    chosen = COMPILED if compiled and attention == "auto" else _attention(attention, where, kind)
+    chosen = COMPILED if compiled and attention == "auto" else attention_on(attention, where, kind)
     names = {"text_config": chosen.name, "vision_config": VISION_TOWER.name}
     try:
         model = LlavaSpForConditionalGeneration.from_pretrained(
@@ -113,16 +113,6 @@ def _dtype(name: str, stored: set[str], device: torch.device) -> tuple[torch.dty
     if name == "float16" and device.type == "cpu":
         raise BackendError("dtype='float16' is for GPUs, and CPUs hardly multiply it: use 'float32' or 'bfloat16'")
     return DTYPES[name], "requested"
-
-
-def _attention(requested: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    capability = None
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = 10 * major + minor
-    return resolve_attention(
-        requested, device=device.type, capability=capability, dtype=dtype, available=find_attention()
-    )
 
 
 def _check_memory(path: Path, needed: int, device: torch.device) -> None:
