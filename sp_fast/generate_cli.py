@@ -105,15 +105,21 @@ def _load(model: Path, device: str, dtype: str, attention: str, compiled: bool) 
 
 
 def _compile(loaded: Loaded, requests: list[Request], settings: Settings, console: Console) -> Any:
-    """Compiled for the lengths of these prompts."""
+    """Compiled for these prompts: their lengths, and how many prompts and images run together."""
     from sp_fast import compile_model
-    from sp_fast.llava_sp.answering import prompt_tokens
+    from sp_fast.llava_sp.answering import batches, prompt_tokens
 
+    longest, context = settings.max_new_tokens, loaded.model.config.context
     lengths = {prompt_tokens(loaded, request, settings.chat) for request in requests}
     buckets = {(length // LENGTH_STEP + 1) * LENGTH_STEP for length in lengths}
-    compilation = compile_model(loaded.model, buckets=tuple(buckets), max_new_tokens=settings.max_new_tokens)
+    if max(buckets) + longest > context:
+        console.print(f"not compiled: prompts and {longest} new tokens reach beyond the context of {context}")
+        return None
+    compilation = compile_model(loaded.model, buckets=tuple(buckets), max_new_tokens=longest)
+    together = {(len(batch), sum(len(r.images) for r in batch)) for batch in batches(requests, settings.batch_size)}
     with console.status("compiling") as status:
-        compilation.warm_up(min(len(requests), settings.batch_size), len(requests[0].images), status.update)
+        for prompts, images in sorted(together):
+            compilation.warm_up(prompts, images, status.update)
     return compilation
 
 

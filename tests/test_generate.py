@@ -167,6 +167,33 @@ def test_compiled(folder, loaded):
     assert not compilation.recompilations
 
 
+def test_the_command_compiles_for_its_prompts(folder, loaded, monkeypatch):
+    from sp_fast.llava_sp import compile as module
+
+    torch._dynamo.reset()
+    made = []
+
+    def traced(model, **kwargs):
+        made.append(compile_model(model, backend="eager", **kwargs))
+        return made[-1]
+
+    compile_model = module.compile_model
+    monkeypatch.setattr(module, "compile_model", traced)
+    rows = [{"prompt": r.prompt, "images": [path.name for path in r.images]} for r in requests(folder)[:3]]
+    (folder / "compiled.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("--model", folder, "--batch", folder / "compiled.jsonl", "--json", "--compile", "--batch-size", 2)
+    result = run(*arguments, "--max-new-tokens", 12)
+    assert result.exit_code == 0, result.stderr
+    expected = answer(loaded, requests(folder)[:3], GREEDY)
+    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == [a.text for a in expected]
+    assert not made[0].recompilations
+    assert "compiled again" not in result.stderr
+    result = run(*arguments, "--max-new-tokens", 500)
+    assert result.exit_code == 0, result.stderr
+    assert "not compiled: prompts and 500 new tokens reach beyond the context of 512" in result.stderr
+    assert len(made) == 1
+
+
 BAD_LINES = {
     "[1]": 'line 2 has no "prompt"',
     '{"text": "a"}': 'line 2 has no "prompt"',

@@ -168,6 +168,42 @@ def test_wrong_numbers_of_images():
             model(**wrong)
 
 
+def test_settings_of_a_call_that_are_not_the_models():
+    model = tiny.model_of()
+    inputs = tiny.inputs_of(model, "<image>", [tiny.image()])
+    model(**inputs, vision_feature_layer=-2)
+    for name, value in (("vision_feature_layer", -1), ("vision_feature_select_strategy", "full")):
+        with pytest.raises(ValueError, match=f"{name}={value!r} is not the configuration's"):
+            model(**inputs, **{name: value})
+        with pytest.raises(ValueError, match=f"{name}={value!r} is not the configuration's"):
+            model.get_image_features(inputs["pixel_values"], **{name: value})
+    with pytest.raises(ValueError, match="image_sizes"):
+        model(**inputs, image_sizes=torch.tensor([[32, 32]]))
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}])
+def test_beams_and_several_answers_keep_images_together(settings):
+    model = tiny.model_of()
+    prompts = ["<image> or <image>?", "none", "<image>"]
+    images = [tiny.image(i) for i in range(3)]
+    together = model.generate(**tiny.inputs_of(model, prompts, images), max_new_tokens=12, **settings)
+    answers = settings.get("num_return_sequences", 1)
+    for i, (prompt, own) in enumerate(zip(prompts, [images[:2], [], images[2:]], strict=True)):
+        alone = model.generate(**tiny.inputs_of(model, prompt, own), max_new_tokens=12, **settings)
+        for answer in range(answers):
+            assert together[i * answers + answer, -12:].equal(alone[answer, -12:])
+
+
+def test_penalties_see_no_image_tokens():
+    """Which have no row among the scores; what is generated is penalised like any text."""
+    model = tiny.model_of()
+    inputs = tiny.inputs_of(model, "<image>aaa", [tiny.image()])
+    plain = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, -24:]
+    penalised = model.generate(**inputs, max_new_tokens=24, do_sample=False, repetition_penalty=1e6)[0, -24:]
+    assert len(plain.unique()) < 24 == len(penalised.unique())
+    assert not set(penalised.tolist()) & set(inputs["input_ids"][0].tolist())
+
+
 def test_a_prompt_beyond_the_context():
     model = tiny.model_of(max_position_embeddings=100)
     with pytest.raises(ValueError, match=r"134 tokens, image tokens included \(67 an image\).*context is 100"):

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from sp_fast import compile_model
@@ -44,7 +45,7 @@ def test_the_same_tokens_from_one_graph_a_region_and_bucket(text, tower, backend
     model = tiny.model_of(text, tower)
     plain = [model.generate(**inputs, max_new_tokens=20, do_sample=False) for inputs in requests(model)]
     compilation = compiled(model, backend=backend)
-    report = compilation.warm_up(batch=2)
+    report = compilation.warm_up(batch=2, images=2)
     assert report == {
         "buckets": [96, 160],
         "cache_tokens": 184,
@@ -74,7 +75,7 @@ def test_another_batch_size_is_reported():
     inputs, _ = requests(model)
     model.generate(**inputs, max_new_tokens=4)
     assert compilation.recompilations == {ENCODE: 1, PREFILL: 1, DECODE: 1}
-    compilation.warm_up(batch=2)
+    compilation.warm_up(batch=2, images=2)
     assert not compilation.recompilations
 
 
@@ -106,6 +107,8 @@ def test_a_graph_break_is_an_error(part):
 
 def test_restore():
     model = tiny.model_of()
+    core = model.model
+    core.language_model.forward = own = core.language_model.forward  # as accelerate's hooks leave it
     before = {id(module): set(vars(module)) for module in model.modules()}
     inputs, _ = requests(model)
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -119,6 +122,7 @@ def test_restore():
             assert name in before[id(module)] or name not in vars(module)
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
     assert compilation.graphs == graphs
+    assert vars(core.language_model)["forward"] == own
     compiled(model)
 
 
@@ -134,7 +138,10 @@ def test_a_compiled_model_is_freed():
 
 UNFITTING = {
     "too many tokens": ({"max_new_tokens": 25}, "25 new tokens are more than compile_model's max_new_tokens=24"),
-    "beams": ({"max_new_tokens": 4, "num_beams": 2}, "num_beams is given"),
+    "beams": ({"max_new_tokens": 4, "num_beams": 2}, "num_beams=2"),
+    "answers": ({"max_new_tokens": 4, "num_return_sequences": 2, "num_beams": 2}, "num_beams=2"),
+    "no cache": ({"max_new_tokens": 4, "use_cache": False}, "use_cache=False"),
+    "a cache": ({"max_new_tokens": 4, "cache_implementation": "static"}, "cache_implementation is given"),
     "no length": ({}, "max_new_tokens is not given"),
 }
 
@@ -151,6 +158,72 @@ def test_what_does_not_fit_runs_uncompiled_and_says_so(name, caplog):
             assert model.generate(**inputs, **kwargs, do_sample=False).equal(expected)
     assert [record.getMessage() for record in caplog.records] == [f"generate runs uncompiled: {message}"]
     assert not compilation.graphs
+
+
+def test_beams_of_a_generation_config_run_uncompiled(caplog):
+    model = tiny.model_of()
+    inputs = tiny.inputs_of(model, "<image>\nwhat?", [tiny.image()])
+    config = GenerationConfig(num_beams=2, max_new_tokens=4)
+    expected = model.generate(**inputs, generation_config=config)
+    compilation = compiled(model)
+    assert model.generate(inputs["input_ids"], config, pixel_values=inputs["pixel_values"]).equal(expected)
+    model.generation_config.num_beams = 2
+    assert model.generate(**inputs, max_new_tokens=4).equal(expected)
+    assert caplog.messages == ["generate runs uncompiled: num_beams=2"]
+    assert not compilation.graphs
+
+
+SEEING = {
+    "repetition penalty": {"repetition_penalty": 3.0},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "least length": {"min_length": 90, "eos_token_id": list(range(4, 200))},
+    "least new length": {"min_new_tokens": 5, "eos_token_id": list(range(4, 200))},
+    "end": {"eos_token_id": list(range(4, 200)), "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_padding_is_seen_by_nobody(name):
+    model = tiny.model_of()
+    inputs, _ = requests(model)
+    expected = model.generate(**inputs, max_new_tokens=20, do_sample=False, **SEEING[name])
+    assert not expected.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False))
+    compiled(model, buckets=(96,))
+    assert model.generate(**inputs, max_new_tokens=20, do_sample=False, **SEEING[name]).equal(expected)
+
+
+def test_what_a_caller_hangs_in_sees_the_prompts_as_they_are():
+    class Watching(StoppingCriteria, LogitsProcessor):
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, input_ids, scores, **_):
+            self.seen.append(input_ids.tolist())
+            return scores if len(self.seen) % 2 else torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def seen(model):
+        watching = Watching()
+        model.generate(
+            **requests(model)[0], max_new_tokens=4, do_sample=False, logits_processor=[watching],
+            stopping_criteria=[watching],
+        )  # fmt: skip
+        return watching.seen
+
+    model = tiny.model_of()
+    expected = seen(model)
+    compiled(model, buckets=(96,))
+    assert seen(model) == expected
+    assert len(expected) == 8
+
+
+def test_a_first_call_in_inference_mode_spoils_no_later_one():
+    model = tiny.model_of()
+    inputs = tiny.inputs_of(model, "hello")
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    compiled(model, buckets=(16,))
+    with torch.inference_mode():
+        assert model.generate(**inputs, max_new_tokens=4, do_sample=False).equal(expected)
+    assert model.generate(**inputs, max_new_tokens=4, do_sample=False).equal(expected)
 
 
 def test_a_prompt_beyond_the_largest_bucket_runs_uncompiled(caplog):
@@ -188,7 +261,8 @@ def test_max_length_streams_and_dictionaries():
     )
     assert out.sequences.equal(expected)
     assert len(out.logits) == 8
-    assert streamer.tokens[-9:] == [*expected[0, length:].tolist(), "end"]
+    assert out.past_key_values is None
+    assert streamer.tokens == [*expected[0].tolist(), "end"]
 
 
 def test_default_buckets():
@@ -210,6 +284,10 @@ def test_what_cannot_be_compiled():
         compile_model(model.model)
     with pytest.raises(ConfigError, match=r"sliding window of 100"):
         compiled(tiny.model_of("mistral", sliding_window=100))
+    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": 1}
+    with pytest.raises(ConfigError, match="spread over several devices"):
+        compiled(model)
+    model.hf_device_map = {"": "cpu"}
     compiled(model)
     with pytest.raises(ConfigError, match="compiled already"):
         compiled(model)
@@ -220,7 +298,7 @@ def test_inductor():
     model = tiny.model_of()
     plain = [model.generate(**inputs, max_new_tokens=20, do_sample=False) for inputs in requests(model)]
     compilation = compiled(model, backend="inductor")
-    compilation.warm_up(batch=2)
+    compilation.warm_up(batch=2, images=2)
     for inputs, expected in zip(requests(model), plain, strict=True):
         assert model.generate(**inputs, max_new_tokens=20, do_sample=False).equal(expected)
     assert not compilation.recompilations

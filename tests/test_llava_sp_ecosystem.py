@@ -176,6 +176,21 @@ def test_plain_template():
     assert processor.apply_chat_template(TALK[:2]) == "<image>a cat\n"
 
 
+def test_a_template_that_knows_text_alone(tmp_path):
+    """As Qwen2's and Mistral's."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    processor = LlavaSpProcessor.for_model(tiny.config_of(), tokenizer, None)
+    expected = "[user]<image>\nwhat?</s>[assistant]a cat</s>[user]sure?</s>[assistant]"
+    assert processor.apply_chat_template(TALK, add_generation_prompt=True) == expected
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.apply_chat_template(TALK, add_generation_prompt=True) == expected
+
+
 def test_another_tokenizer_is_refused():
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["extra"])

@@ -133,11 +133,12 @@ def answer(
         ValueError: a prompt beyond the model's context.
     """
     torch.manual_seed(settings.seed)
-    for batch in _batches(requests, settings.batch_size):
+    for batch in batches(requests, settings.batch_size):
         yield from _answer(loaded, batch, settings, streamer)
 
 
-def _batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
+def batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
+    """As they run together."""
     requests = iter(requests)
     while batch := list(itertools.islice(requests, size)):
         yield batch
@@ -151,7 +152,6 @@ def _answer(
     inputs = processor(text=texts, images=images or None, return_tensors="pt", padding=True, padding_side="left")
     inputs = inputs.to(model.device, model.dtype)  # whole numbers stay what they are
     length = inputs["input_ids"].shape[1]
-    context = getattr(model.config.text_config, "max_position_embeddings", length + settings.max_new_tokens)
     sampling = (
         {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
     )
@@ -161,7 +161,7 @@ def _answer(
     start = time.perf_counter()
     ids = model.generate(
         **inputs, **sampling, streamer=clock if len(batch) == 1 else None,
-        max_new_tokens=max(1, min(settings.max_new_tokens, context - length)),
+        max_new_tokens=max(1, min(settings.max_new_tokens, model.config.context - length)),
     )  # fmt: skip
     ids = ids[:, length:].cpu()  # which waits for the device
     seconds = time.perf_counter() - start

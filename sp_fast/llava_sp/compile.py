@@ -13,6 +13,7 @@ import bisect
 import contextlib
 import copy
 import logging
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from transformers import CompileConfig, StaticCache
 
 from sp_fast.errors import ConfigError
 from sp_fast.llava_sp.modeling import LlavaSpForConditionalGeneration
+from sp_fast.llava_sp.unpadded import unpadded
 
 logger = logging.getLogger("sp_fast")
 
@@ -33,15 +35,14 @@ ENCODE, PREFILL, DECODE, PLAIN = "tower and projector", "prefill", "decode", "un
 BUCKET_STEP, LARGEST_BUCKET = 64, 2048
 MOST_GRAPHS = 64  # of one region: torch's own limit of 8 is fewer than lengths times batch sizes
 WARM_UP_TOKENS = 3  # one from the prefill, one that compiles the decode step, one that replays it
-# With these, generate wants a cache of its own, or reorders it.
-NOT_COMPILED = (
-    "past_key_values",
-    "inputs_embeds",
-    "assistant_model",
-    "cache_implementation",
-    "num_beams",
-    "penalty_alpha",
-)
+# What generate may be told, by its caller or a generation config, with the value that runs compiled: one answer a
+# prompt, greedy or sampled, from a cache that is never reordered, and nothing that outlives a graph's next replay.
+COMPILED = {
+    "num_beams": 1, "num_return_sequences": 1, "use_cache": True, "output_hidden_states": False,
+    "output_attentions": False, "past_key_values": None, "inputs_embeds": None, "assistant_model": None,
+    "cache_implementation": None, "penalty_alpha": None, "dola_layers": None, "prompt_lookup_num_tokens": None,
+    "prefill_chunk_size": None, "guidance_scale": None, "custom_generate": None,
+}  # fmt: skip
 
 
 def compile_model(
@@ -82,9 +83,9 @@ def compile_model(
             f"the language model's attention is {attention!r}, which breaks the graph on a static cache: load the "
             "model with attn_implementation='sdpa' to compile it, which has torch's own flash kernels"
         )
-    text = model.config.text_config
-    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    context = min((limit for limit in limits if limit), default=LARGEST_BUCKET + max_new_tokens)
+    if len({str(place) for place in getattr(model, "hf_device_map", {}).values()}) > 1:
+        raise ConfigError("the model is spread over several devices, and a static cache is on one: load it on one")
+    context = min(model.config.context, getattr(model.config.text_config, "sliding_window", None) or sys.maxsize)
     buckets = tuple(sorted(set(buckets))) if buckets else _default_buckets(model, context - max_new_tokens)
     if not buckets or buckets[0] < 1 or max_new_tokens < 1 or buckets[-1] + max_new_tokens > context:
         raise ConfigError(
@@ -127,10 +128,13 @@ class Compilation:
         self._region: str | None = None
         self._model, self._caches = model, {}
         self._said: set[str] = set()
+        self._shapes: set[tuple[int, ...]] = set()  # of images
         settings = {"fullgraph": True, "mode": mode, "backend": backend}
         # A prefill is long enough to hide its launches, and each CUDA graph of it would hold its own memory.
         prefill = {**settings, "mode": "default"} if mode == "reduce-overhead" else settings
         core = model.model
+        places = (model, "generate"), (core, "encode_images"), (core.language_model, "forward")
+        self._before = [(owner, name, vars(owner).get(name)) for owner, name in places]
         self._generate = model.generate
         self._encode = torch.compile(core.encode_images, dynamic=False, **settings)
         self._plain_prefill = core.language_model.forward
@@ -158,77 +162,92 @@ class Compilation:
     def warm_up(
         self, batch: int = 1, images: int = 1, say: Callable[[str], None] = lambda text: None
     ) -> dict[str, Any]:
-        """Compiles what a batch of this size, with this many images a prompt, will need at every length; the report."""
+        """Compiles what a batch of this size, with this many images in all, will need at every length; the report."""
         config, device = self._model.config, self._model.device
-        size, places = config.vision_config.image_size, images * config.image_seq_length
-        pixels = torch.zeros(batch * images, 3, size, size, device=device, dtype=self._model.dtype)
+        size = config.vision_config.image_size
+        pixels = torch.zeros(images, 3, size, size, device=device, dtype=self._model.dtype)
+        places = [(images // batch + (row < images % batch)) * config.image_seq_length for row in range(batch)]
+        tokens = min(WARM_UP_TOKENS, self.max_new_tokens)
         for bucket in self.buckets:
-            if bucket > places + 1:
+            if bucket > places[0] + 1:
                 say(f"compiling for {batch} prompts of up to {bucket - 1} tokens")
                 ids = torch.zeros(batch, bucket - 1, dtype=torch.long, device=device)
-                ids[:, :places] = config.image_token_id
+                for row, count in zip(ids, places, strict=True):
+                    row[:count] = config.image_token_id
                 inputs = {"input_ids": ids, **({"pixel_values": pixels} if images else {})}
-                tokens = min(WARM_UP_TOKENS, self.max_new_tokens)
                 self._model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         self._warm = self.graphs.copy()
         return self.report()
 
     def restore(self) -> None:
-        """The model as it was; its graphs and caches are given back."""
-        core = self._model.model
-        for owner, name in ((self._model, "generate"), (core, "encode_images"), (core.language_model, "forward")):
+        """The model as it was. Its caches are given back, its graphs by ``torch.compiler.reset()``."""
+        for owner, name, before in self._before:
             vars(owner).pop(name, None)
+            if before is not None:
+                setattr(owner, name, before)
         for name in ("_compiled_call", "_last_compile_config"):
             vars(self._model).pop(name, None)
         self._stop_counting()
         self._caches.clear()
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """``model.generate``, compiled where the call fits."""
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        tokens = self._new_tokens(input_ids, kwargs)
-        if (why := self._why_not(input_ids, tokens, kwargs)) is not None:
+        settings = {**vars(generation_config or self._model.generation_config), **kwargs}
+        tokens = self._new_tokens(input_ids, kwargs, settings)
+        why = "arguments are given by position" if args else self._why_not(input_ids, tokens, settings)
+        if why is not None:
             if why not in self._said:
                 logger.warning("generate runs uncompiled: %s", why)
                 self._said.add(why)
             with self._in(PLAIN):
-                return self._generate(input_ids, **kwargs)
+                return self._generate(input_ids, generation_config, *args, **kwargs)
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
         pad = self.buckets[bisect.bisect_right(self.buckets, input_ids.shape[1])] - input_ids.shape[1]
         kwargs = {key: value for key, value in kwargs.items() if key not in ("max_length", "max_new_tokens")}
-        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS), self._in(DECODE):
-            found = self._generate(
-                F.pad(input_ids, (pad, 0)), attention_mask=F.pad(mask, (pad, 0)), max_new_tokens=tokens,
-                past_key_values=self._cache(len(input_ids)), compile_config=self._decode, **kwargs,
-            )  # fmt: skip
+        self._model.padded = pad
+        try:
+            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS), self._in(DECODE):
+                found = self._generate(
+                    F.pad(input_ids, (pad, 0)), generation_config, attention_mask=F.pad(mask, (pad, 0)),
+                    max_new_tokens=tokens, past_key_values=self._cache(len(input_ids)), compile_config=self._decode,
+                    **kwargs | unpadded(kwargs, pad),
+                )  # fmt: skip
+        finally:
+            del self._model.padded
         if isinstance(found, Tensor):
             return found[:, pad:]
         found.sequences = found.sequences[:, pad:]
+        found.past_key_values = None  # the next call uses it
         return found
 
-    def _new_tokens(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> int | None:
+    def _new_tokens(self, input_ids: Tensor | None, kwargs: dict[str, Any], settings: dict[str, Any]) -> int | None:
         """How many tokens the call asks for, None where it leaves that to transformers."""
-        for settings in (kwargs, vars(kwargs.get("generation_config") or self._model.generation_config)):
-            if settings.get("max_new_tokens") is not None:
-                return settings["max_new_tokens"]
-            if settings.get("max_length") is not None and input_ids is not None:
-                return settings["max_length"] - input_ids.shape[1]
+        for given in (kwargs, settings):
+            if given.get("max_new_tokens") is not None:
+                return given["max_new_tokens"]
+            if given.get("max_length") is not None and input_ids is not None:
+                return given["max_length"] - input_ids.shape[1]
         return None
 
-    def _why_not(self, input_ids: Tensor | None, tokens: int | None, kwargs: dict[str, Any]) -> str | None:
+    def _why_not(self, input_ids: Tensor | None, tokens: int | None, settings: dict[str, Any]) -> str | None:
         """What keeps a call from running compiled."""
         if input_ids is None:
             return "there are no input_ids"
-        if named := [name for name in NOT_COMPILED if kwargs.get(name) not in (None, 1)]:
-            return f"{named[0]} is given"
+        for name, fine in COMPILED.items():
+            value = settings.get(name)
+            if value is not None and (isinstance(value, Tensor) or value != fine):
+                return f"{name} is given" if fine is None else f"{name}={value}"
         if tokens is None:
             return "max_new_tokens is not given"
         if tokens > self.max_new_tokens:
             return f"{tokens} new tokens are more than compile_model's max_new_tokens={self.max_new_tokens}"
         if input_ids.shape[1] >= self.buckets[-1]:
             return f"a prompt of {input_ids.shape[1]} tokens is not shorter than the largest bucket, {self.buckets[-1]}"
+        if len(self._caches.keys() | {len(input_ids)}) * len(self.buckets) > MOST_GRAPHS:
+            return f"{len(self._caches)} batch sizes are compiled, and as many lengths of each as there is room for"
         return None
 
     def _cache(self, batch: int) -> StaticCache:
@@ -236,20 +255,23 @@ class Compilation:
         if batch not in self._caches:
             model, text = self._model, copy.deepcopy(self._model.config.text_config)
             head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
             # A window as long as the cache hides nothing, and a cache of windows would recompile at every token.
             text.sliding_window, text.layer_types = None, ["full_attention"] * text.num_hidden_layers
-            self._caches[batch] = StaticCache(config=text, max_cache_len=self.buckets[-1] + self.max_new_tokens)
-            self._caches[batch].early_initialization(
-                batch_size=batch, num_heads=text.num_key_value_heads, head_dim=head, dtype=model.dtype,
-                device=model.device,
-            )  # fmt: skip
+            with torch.inference_mode(False):  # or calls outside of it could not write into the cache
+                cache = StaticCache(config=text, max_cache_len=self.buckets[-1] + self.max_new_tokens)
+                cache.early_initialization(
+                    batch_size=batch, num_heads=heads, head_dim=head, dtype=model.dtype, device=model.device
+                )
+            self._caches[batch] = cache
         self._caches[batch].reset()
         return self._caches[batch]
 
     def _encode_images(self, pixel_values: Tensor) -> Tensor:
-        if self._region == PLAIN:
+        self._shapes.add(tuple(pixel_values.shape))
+        if self._region == PLAIN or len(self._shapes) > MOST_GRAPHS:
             return type(self._model.model).encode_images(self._model.model, pixel_values)
-        with self._in(ENCODE):
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS), self._in(ENCODE):
             return self._encode(pixel_values).clone()  # of a CUDA graph's memory, which the next replay overwrites
 
     def _language_model(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from transformers import LlavaConfig
@@ -53,6 +54,11 @@ class LlavaSpConfig(LlavaConfig):
     def projector(self) -> SPProjectorConfig:
         """What the projector is built from."""
         return SPProjectorConfig.from_dict(self.projector_config)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the language model's positions reach, image tokens included."""
+        return getattr(self.text_config, "max_position_embeddings", sys.maxsize)
 
     def _fitting(self, given: dict[str, Any] | str | None) -> SPProjectorConfig:
         vision, text = self.vision_config, self.text_config

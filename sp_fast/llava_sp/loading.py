@@ -70,6 +70,10 @@ def load_model(
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     except (CheckpointError, BackendError):
         raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"{path} does not fit into the memory of {where}: choose dtype bfloat16") from error
+    except ImportError as error:
+        raise BackendError(f"{path} needs a package that is not installed ({first_line(error)})") from error
     except Exception as error:  # damaged files fail in any way
         raise CheckpointError(f"{path} cannot be loaded ({first_line(error)}): convert or fetch it again") from error
     return Loaded(model.eval(), processor, chosen, reason)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import (
+    AutoModel,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
@@ -23,6 +31,7 @@ class LlavaSpPreTrainedModel(LlavaPreTrainedModel):
     """What the models with and without a head share."""
 
     config_class = LlavaSpConfig
+    _no_split_modules = ("SPProjector",)
     _core = ""  # where LlavaSpModel's parts are
 
     @classmethod
@@ -41,7 +50,8 @@ class LlavaSpPreTrainedModel(LlavaPreTrainedModel):
                     f"with: leave it out (llm_int8_skip_modules=['{PROJECTOR}', 'lm_head'] in BitsAndBytesConfig, "
                     "modules_to_not_convert in others)"
                 )
-        if lost := [key for key in info["missing_keys"] if PROJECTOR in key]:
+        unfilled = {*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))}
+        if lost := [key for key in unfilled if PROJECTOR in key]:
             raise CheckpointError(
                 f"{args[0] if args else 'the state dict'} lacks {listed(lost)}: give a whole LLaVA-SP checkpoint of "
                 "this configuration (sp-fast convert makes one from official files)"
@@ -69,8 +79,9 @@ class LlavaSpModel(LlavaSpPreTrainedModel, LlavaModel):
         """``[images, 3, height, width]`` to ``[images, T + N, H]``: spatial tokens first."""
         return self.multi_modal_projector(self.get_patch_features(pixel_values))
 
-    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """As LLaVA's: ``pooler_output`` holds each image's tokens ``[T + N, H]``."""
+        self._check_settings(kwargs)
         return BaseModelOutputWithPooling(pooler_output=list(self.encode_images(pixel_values)))
 
     @can_return_tuple
@@ -93,6 +104,7 @@ class LlavaSpModel(LlavaSpPreTrainedModel, LlavaModel):
         Raises:
             ValueError: there are not as many image tokens as the images give, or images without ``input_ids``.
         """
+        self._check_settings(kwargs)
         tokens = None
         if (encoded := (mm_encoder_outputs or {}).get("image")) is not None:
             tokens = torch.cat(list(encoded.pooler_output))
@@ -105,6 +117,14 @@ class LlavaSpModel(LlavaSpPreTrainedModel, LlavaModel):
         outputs = super().forward(inputs_embeds=inputs_embeds, **kwargs)
         outputs.image_hidden_states = tokens
         return outputs
+
+    def _check_settings(self, kwargs: dict[str, Any]) -> None:
+        """Raises ValueError for what LLaVA takes in a call, and LLaVA-SP is built with."""
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            if kwargs.get(name) not in (None, getattr(self.config, name)):
+                raise ValueError(f"{name}={kwargs[name]!r} is not the configuration's {getattr(self.config, name)!r}")
+        if kwargs.get("image_sizes") is not None:
+            raise ValueError("image_sizes is for towers that take images of any size: leave it out")
 
     def _embed(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
         """``[B, L, H]``: the vocabulary's rows, with ``image_tokens`` ``[images * (T + N), H]`` in their places."""
@@ -138,6 +158,9 @@ class LlavaSpForConditionalGeneration(LlavaSpPreTrainedModel, LlavaForConditiona
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    #: columns that compile_model has put in front of the prompts
+    padded = 0
+
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers.
@@ -148,10 +171,49 @@ class LlavaSpForConditionalGeneration(LlavaSpPreTrainedModel, LlavaForConditiona
         prompt = next(
             (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
         )
-        context = getattr(self.config.text_config, "max_position_embeddings", None)
-        if prompt is not None and context is not None and prompt.shape[1] >= context:
+        context = self.config.context
+        if prompt is not None and prompt.shape[1] >= context:
             raise ValueError(
                 f"the prompt has {prompt.shape[1]} tokens, image tokens included ({self.config.image_seq_length} an "
                 f"image), but the language model's context is {context}: shorten it, or leave images out"
             )
         return super().generate(inputs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """With beams or several answers, a prompt's images are repeated together (transformers 5.17: one by one)."""
+        pixels = kwargs.pop("pixel_values", None)
+        expanded, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if pixels is not None:
+            images = (input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length
+            own = pixels.split(images.tolist())
+            kwargs["pixel_values"] = torch.cat([images.repeat(expand_size, 1, 1, 1) for images in own])
+        return expanded, kwargs
+
+    def _get_logits_processor(
+        self, generation_config: Any, input_ids_seq_length: int | None = None, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        """Repetition penalties and the like see text alone."""
+        length = None if input_ids_seq_length is None else input_ids_seq_length - self.padded
+        if self.padded and generation_config.min_new_tokens is not None:  # transformers counts from the padded prompt
+            generation_config = copy.copy(generation_config)
+            generation_config.min_length -= self.padded
+        found = super()._get_logits_processor(generation_config, length, *args, **kwargs)
+        return LogitsProcessorList(_OfText(one, self.config.image_token_id, self.padded) for one in found)
+
+
+class _OfText(LogitsProcessor):
+    """A processor that sees neither the padding of compile_model nor image tokens, which have no row in the vocabulary:
+    in their places it sees a token that is there anyway."""
+
+    def __init__(self, inner: LogitsProcessor, image_token_id: int, padded: int) -> None:
+        self._inner, self._image, self._padded = inner, image_token_id, padded
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        text = input_ids[:, self._padded :]
+        is_image = text == self._image
+        other = text.masked_fill(is_image, -1).amax(1, keepdim=True).clamp(min=0)
+        return self._inner(torch.where(is_image, other, text), scores)

@@ -24,6 +24,13 @@ _CONTENT = (
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% endif %}"
 )
+# In front of a language model's own template, which knows text alone: contents become text, images first.
+_AS_TEXT = (
+    "{% set all = namespace(messages=[]) %}{% for message in messages %}{% set content %}"
+    + _CONTENT
+    + "{% endset %}{% set all.messages = all.messages + [dict(message, content=content)] %}{% endfor %}"
+    "{% set messages = all.messages %}"
+)
 _SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
@@ -96,7 +103,8 @@ class LlavaSpProcessor(LlavaProcessor):
         colour, as in the published recipe, then scaled bicubically and normalised as the tower was trained.
 
         Args:
-            chat_template: a name of ``CHAT_TEMPLATES``, a template, or None to keep the tokenizer's own.
+            chat_template: a name of ``CHAT_TEMPLATES``, a template, or None to keep the tokenizer's own, which gets
+                ``<image>`` and text as one text.
 
         Raises:
             ConfigError: the tokenizer's image token is not ``config.image_token_id``.
@@ -109,7 +117,9 @@ class LlavaSpProcessor(LlavaProcessor):
                 f"{config.image_token_id}: give the tokenizer that the model was made with"
             )
         kind, size = tower_kind(config.vision_config), config.vision_config.image_size
-        template = CHAT_TEMPLATES.get(chat_template, chat_template) or tokenizer.chat_template
+        template = CHAT_TEMPLATES.get(chat_template, chat_template)
+        if template is None and tokenizer.chat_template is not None:
+            template = _AS_TEXT + tokenizer.chat_template.removeprefix(_AS_TEXT)
         return cls(
             image_processor=_image_processor(size, has_cls=kind.has_cls),
             tokenizer=tokenizer,
