@@ -1,10 +1,13 @@
 """What convert writes beside the numbers: types, shards, tokenizer, templates, model card; and what it holds meanwhile."""
 
 import dataclasses
+import io
 import json
 import shutil
 import weakref
 
+import pytest
+import sentencepiece
 import torch
 from safetensors import safe_open
 from transformers import AutoProcessor, AutoTokenizer
@@ -96,6 +99,34 @@ def test_tokenizers(tmp_path):
     to_official(tmp_path / "ours", tmp_path / "bare", vision_tower="towers/tiny-clip")
     assert "<image>" not in "".join(path.read_text() for path in (tmp_path / "bare").glob("*.json"))
     assert AutoTokenizer.from_pretrained(tmp_path / "bare").get_vocab() == plain.get_vocab()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_tokenizer_model_alone(tmp_path, legacy):
+    """As in Vicuna's folder. Every text between images is SentencePiece's, as the official code has it."""
+    parts = official.parts(tmp_path)
+    official.base(parts.base, vocab_size=320)
+    for path in parts.base.glob("tokenizer*"):
+        path.unlink()
+    words = [f"USER: what is it, number {i}? ASSISTANT: it is a cat\n" for i in range(50)]
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_writer=trained, vocab_size=300, model_type="bpe", byte_fallback=True,
+        unk_id=0, bos_id=1, eos_id=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (parts.base / "tokenizer.model").write_bytes(trained.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    official.write_json(parts.base / "tokenizer_config.json", settings | tokens)
+    to_ours(parts.projector, tmp_path / "ours", base=parts.base, vision_tower=parts.tower)
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+    plain = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert image == plain.vocab_size()
+    expected = [1, *plain.encode("USER: "), *[image] * 582, *plain.encode("\nwhat is it? ASSISTANT:")]
+    found = processor(text="USER: <image>\nwhat is it? ASSISTANT:", images=[tiny.image()])
+    assert found["input_ids"][0] == expected
 
 
 def test_chat_templates(tmp_path):
