@@ -226,6 +226,17 @@ def test_a_first_call_in_inference_mode_spoils_no_later_one():
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False).equal(expected)
 
 
+def test_padding_without_a_mask_runs_uncompiled(caplog):
+    """transformers then takes the padding token for what it is."""
+    model = tiny.model_of()
+    inputs = tiny.inputs_of(model, ["hello there", "hi"])
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    del inputs["attention_mask"]
+    compiled(model)
+    assert model.generate(**inputs, max_new_tokens=8, do_sample=False).equal(expected)
+    assert caplog.messages == ["generate runs uncompiled: there is padding, but no attention_mask"]
+
+
 def test_a_prompt_beyond_the_largest_bucket_runs_uncompiled(caplog):
     model = tiny.model_of()
     compilation = compiled(model, buckets=(80,))

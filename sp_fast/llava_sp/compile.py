@@ -41,7 +41,7 @@ COMPILED = {
     "num_beams": 1, "num_return_sequences": 1, "use_cache": True, "output_hidden_states": False,
     "output_attentions": False, "past_key_values": None, "inputs_embeds": None, "assistant_model": None,
     "cache_implementation": None, "penalty_alpha": None, "dola_layers": None, "prompt_lookup_num_tokens": None,
-    "prefill_chunk_size": None, "guidance_scale": None, "custom_generate": None,
+    "prefill_chunk_size": None, "guidance_scale": None, "custom_generate": None, "compile_config": None,
 }  # fmt: skip
 
 
@@ -174,7 +174,9 @@ class Compilation:
                 ids = torch.zeros(batch, bucket - 1, dtype=torch.long, device=device)
                 for row, count in zip(ids, places, strict=True):
                     row[:count] = config.image_token_id
-                inputs = {"input_ids": ids, **({"pixel_values": pixels} if images else {})}
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                if images:
+                    inputs["pixel_values"] = pixels
                 self._model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         self._warm = self.graphs.copy()
         return self.report()
@@ -240,6 +242,9 @@ class Compilation:
             value = settings.get(name)
             if value is not None and (isinstance(value, Tensor) or value != fine):
                 return f"{name} is given" if fine is None else f"{name}={value}"
+        pad = settings.get("pad_token_id")
+        if settings.get("attention_mask") is None and pad is not None and (input_ids == pad).any():
+            return "there is padding, but no attention_mask"
         if tokens is None:
             return "max_new_tokens is not given"
         if tokens > self.max_new_tokens:
