@@ -110,6 +110,13 @@ def test_new_tokens_stop_at_the_context(loaded):
         next(answer(loaded, [Request("x" * 400)], GREEDY))
 
 
+def test_settings_have_bounds():
+    Settings(max_new_tokens=1, batch_size=1, temperature=99.9)
+    for wrong in ({"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": -0.1}, {"temperature": 100}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Settings(**wrong)
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["generate", *map(str, arguments)])
 

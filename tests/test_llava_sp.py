@@ -194,6 +194,17 @@ def test_beams_and_several_answers_keep_images_together(settings):
             assert together[i * answers + answer, -12:].equal(alone[answer, -12:])
 
 
+def test_images_are_repeated_prompt_by_prompt():
+    """As transformers 5.17 expands a batch, whose later releases encode the images before."""
+    model = tiny.model_of()
+    each = model.config.image_seq_length
+    ids = torch.tensor([[tiny.VOCABULARY] * 2 * each, [5] * 2 * each, [5] * each + [tiny.VOCABULARY] * each])
+    pixels = torch.arange(3.0)[:, None, None, None].expand(3, 3, 2, 2)
+    expanded, kwargs = model._expand_inputs_for_generation(expand_size=2, input_ids=ids, pixel_values=pixels)
+    assert expanded.equal(ids[[0, 0, 1, 1, 2, 2]])
+    assert kwargs["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 0, 1, 2, 2]
+
+
 def test_penalties_see_no_image_tokens():
     """Which have no row among the scores; what is generated is penalised like any text."""
     model = tiny.model_of()
