@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError, ConfigError, first_line
 from sp_fast.layout import MERGE_FIRST, Entry, entries
-from sp_fast.recognise import check_size, listed, official_keys, projector_names, recognise
+from sp_fast.recognise import check_size, check_whole, listed, official_keys, projector_names, recognise
 from sp_fast.reference import ReferenceSPProjector
 from sp_fast.stored_tensor import DTYPES, StoredTensor
 from sp_fast.tensor_files import (
@@ -31,6 +31,7 @@ from sp_fast.tensor_files import (
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MODEL_TYPE = "sp_projector"
+THIS_PROJECTOR = "give a checkpoint of this very projector"
 _LARGEST_GRID = 1024  # images of 14,336 pixels
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 Projector = TypeVar("Projector", bound=nn.Module)
@@ -71,7 +72,7 @@ def inspect_official(
     """Official name and configuration of what ``load_official`` would build; every name and shape is checked."""
     where, tensors = _named_projector_tensors(source)
     name, config = _recognise(where, tensors, grid, pyramid)
-    _check_whole(where, official_shapes(config), tensors)
+    check_whole(where, official_shapes(config), tensors, THIS_PROJECTOR)
     return name, config
 
 
@@ -194,7 +195,8 @@ def fill(
     With a device, memory for the parameters is taken there, and only then: what shapes ask for may be absurd.
     """
     parameters = dict(projector.named_parameters())
-    _check_whole(where, {e.official: tuple(e.view(parameters[e.ours].to("meta")).shape) for e in places}, tensors)
+    expected = {e.official: tuple(e.view(parameters[e.ours].to("meta")).shape) for e in places}
+    check_whole(where, expected, tensors, THIS_PROJECTOR)
     if device is not None:
         parameters = dict(projector.to_empty(device=device).named_parameters())
     with torch.no_grad():
@@ -206,20 +208,3 @@ def fill(
                     f"{where}: {entry.official} holds NaN or infinite values as {part.dtype}: the run that wrote it "
                     "diverged, the file is damaged, or the type is too narrow: use an earlier one, or another dtype"
                 )
-
-
-def _check_whole(where: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor]) -> None:
-    problems = []
-    if missing := expected.keys() - tensors.keys():
-        problems.append(f"missing {listed(missing)}")
-    if unexpected := tensors.keys() - expected.keys():
-        problems.append(f"unexpected {listed(unexpected)}")
-    both = [key for key in expected if key in tensors]
-    problems += [
-        f"{key} has shape {list(tensors[key].shape)} where {list(expected[key])} is expected"
-        for key in both
-        if tensors[key].shape != expected[key]
-    ]
-    problems += [f"{key} is not floating-point" for key in both if tensors[key].dtype is None]
-    if problems:
-        raise CheckpointError(f"{where}: {'; '.join(problems)}: give a checkpoint of this very projector")

@@ -15,6 +15,7 @@ from sp_fast import geometry
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError
 from sp_fast.reference import ReferenceSPProjector
+from sp_fast.stored_tensor import StoredTensor
 from sp_fast.variants import OFFICIAL, REFUSED
 
 PREFIXES = ("base_model.", "module.", "model.")
@@ -109,6 +110,25 @@ def check_size(where: str, config: SPProjectorConfig, shapes: Shapes) -> None:
             f"{where} asks for a projector of widths, kernels or layers that its {len(shapes)} tensors of {held} "
             "elements are far from filling: give the file of the whole projector, or fetch it again"
         )
+
+
+def check_whole(where: str, expected: Shapes, tensors: Mapping[str, StoredTensor], way_out: str) -> None:
+    """Raises CheckpointError unless the tensors are the expected ones, all of them, each of its shape and a float."""
+    problems = []
+    if missing := expected.keys() - tensors.keys():
+        problems.append(f"missing {listed(missing)}")
+    if unexpected := tensors.keys() - expected.keys():
+        problems.append(f"unexpected {listed(unexpected)}")
+    both = [key for key in expected if key in tensors]
+    problems += [
+        f"{key} has shape {list(tensors[key].shape)} where {list(expected[key])} is expected"
+        for key in both
+        if tensors[key].shape != expected[key]
+    ][:4]
+    if quantised := [key for key in both if tensors[key].dtype is None]:
+        problems.append(f"not floating-point: {listed(quantised)} (give the checkpoint before quantisation)")
+    if problems:
+        raise CheckpointError(f"{where}: {'; '.join(problems)}: {way_out}")
 
 
 def listed(names: Iterable[str]) -> str:

@@ -36,7 +36,7 @@ CUSTOM_DAMAGE = {
     "missing": (without("window_3.weight"), "missing window_3.weight"),
     "unexpected": (lambda s: s | {"window_9.weight": torch.zeros(1)}, "unexpected window_9.weight"),
     "shape": (replaced("window_3.weight", lambda t: t[:4]), r"window_3.weight has shape \[4, 16, 8, 12\] where \[8,"),
-    "integers": (replaced("window_3.weight", lambda t: t.int()), "window_3.weight is not floating-point"),
+    "integers": (replaced("window_3.weight", lambda t: t.int()), "not floating-point: window_3.weight"),
     "NaN": (replaced("window_3.weight", poisoned_at_one(torch.nan)), "window_3.weight holds NaN"),
 }
 

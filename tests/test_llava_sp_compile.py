@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sp_fast import compile_model
 from sp_fast.errors import ConfigError
+from sp_fast.llava_sp import compile as compiling
 from tests import tiny
 
 ENCODE, PREFILL, DECODE = "tower and projector", "prefill", "decode"
@@ -224,6 +225,19 @@ def test_a_first_call_in_inference_mode_spoils_no_later_one():
     with torch.inference_mode():
         assert model.generate(**inputs, max_new_tokens=4, do_sample=False).equal(expected)
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False).equal(expected)
+
+
+def test_no_more_graphs_than_torch_keeps(monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "MOST_GRAPHS", 3)
+    model = tiny.model_of()
+    compilation = compiled(model)  # of two lengths: two batch sizes would be four graphs
+    for prompts in (["hello"], ["hello", "hi"]):
+        model.generate(**tiny.inputs_of(model, prompts), max_new_tokens=2)
+    said = [record.getMessage() for record in caplog.records if record.name == "sp_fast"]
+    assert said == [
+        "generate runs uncompiled: 1 batch sizes are compiled, and as many lengths of each as there is room for"
+    ]
+    assert compilation.graphs == {PREFILL: 1, DECODE: 1}
 
 
 def test_padding_without_a_mask_runs_uncompiled(caplog):

@@ -35,13 +35,13 @@ from sp_fast.llava_sp.official_config import (
     text_config,
     vision_config,
 )
-from sp_fast.llava_sp.official_names import HEAD_WEIGHT, LANGUAGE, PROJECTOR, TOWER, check_whole
+from sp_fast.llava_sp.official_names import HEAD_WEIGHT, LANGUAGE, PROJECTOR, TOWER, WHOLE
 from sp_fast.llava_sp.packing import cast, packed
 from sp_fast.llava_sp.processing import LlavaSpProcessor, add_image_token
 from sp_fast.llava_sp.shards import write_file
 from sp_fast.llava_sp.sources import Official, folder_of, read_official
 from sp_fast.llava_sp.vocabulary import chat_template, load_tokenizer, tokenizer_files
-from sp_fast.recognise import recognise
+from sp_fast.recognise import check_whole, recognise
 from sp_fast.stored_tensor import StoredTensor
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _ordered_tensors(official: Official, config: LlavaSpConfig, dtype: torch.dty
     expected = model_shapes(config, rest)
     if config.tie_word_embeddings:
         _check_tied_head(official.where, rest)
-    check_whole(official.where, {k: s for k, s in expected.items() if not k.startswith(PROJECTOR)}, rest)
+    check_whole(official.where, {k: s for k, s in expected.items() if not k.startswith(PROJECTOR)}, rest, WHOLE)
     made = {name: cast(official.where, name, tensor, dtype) for name, tensor in rest.items()}
     projector = packed(str(official.origins["checkpoint"]), config.projector, official.projector, dtype)
     made |= {PROJECTOR + name: tensor for name, tensor in projector.items()}

@@ -26,11 +26,11 @@ from sp_fast.llava_sp.conversion import (
 )
 from sp_fast.llava_sp.convert import KEPT, NEWLINE_FILE
 from sp_fast.llava_sp.official_config import official_config, projector_fields, read_config, tower_name
-from sp_fast.llava_sp.official_names import PROJECTOR, check_whole, official_name, refuse_unmerged
+from sp_fast.llava_sp.official_names import PROJECTOR, WHOLE, official_name, refuse_unmerged
 from sp_fast.llava_sp.packing import cast, unpacked
 from sp_fast.llava_sp.sources import read_if_there
 from sp_fast.llava_sp.vocabulary import load_tokenizer, same_words, save_without_image, tokenizer_files
-from sp_fast.recognise import recognise
+from sp_fast.recognise import check_whole, recognise
 from sp_fast.stored_tensor import StoredTensor
 from sp_fast.tensor_files import read_file, stored_tensors
 
@@ -70,7 +70,7 @@ def plan_to_official(request: ToOfficial) -> Conversion:
     config = _our_config(request.source)
     stored = stored_tensors(request.source)[1]
     refuse_unmerged(where, stored)
-    check_whole(where, model_shapes(config, stored), stored)
+    check_whole(where, model_shapes(config, stored), stored, WHOLE)
     dtype = one_dtype(where, by_part(stored), request.dtype)
     packed = by_part(stored)["projector"]
     projector = unpacked(where, config.projector, {k.removeprefix(PROJECTOR): tensor for k, tensor in packed.items()})

@@ -14,6 +14,7 @@ from sp_fast.stored_tensor import StoredTensor
 
 TOWER, PROJECTOR, LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
 HEAD_WEIGHT = "lm_head.weight"
+WHOLE = "give whole checkpoints, with the config.json that each was saved with"  # a way out
 IMAGE_NEWLINE = "image_newline"
 _LANGUAGE_KEYS = ("layers.", "embed_tokens.", "norm.")
 # transformers 4 wraps CLIP's and SigLIP's vision models once, and the official code twice more.
@@ -90,27 +91,6 @@ def refuse_unmerged(where: str, names: Iterable[str]) -> None:
         raise CheckpointError(
             f"{where} holds {listed(found)}: {MERGE_FIRST}, and quantised weights have lost bits: give the unquantised "
             "checkpoint"
-        )
-
-
-def check_whole(where: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises CheckpointError unless the tensors are the expected ones, all of them, each of its shape and a float."""
-    problems = []
-    if missing := expected.keys() - tensors.keys():
-        problems.append(f"missing {listed(missing)}")
-    if unexpected := tensors.keys() - expected.keys():
-        problems.append(f"unexpected {listed(unexpected)}")
-    both = sorted(expected.keys() & tensors.keys())
-    problems += [
-        f"{key} has shape {list(tensors[key].shape)} where {list(expected[key])} is expected"
-        for key in both
-        if tensors[key].shape != expected[key]
-    ][:4]
-    if quantised := [key for key in both if tensors[key].dtype is None]:
-        problems.append(f"not floating-point: {listed(quantised)} (give the checkpoint before quantisation)")
-    if problems:
-        raise CheckpointError(
-            f"{where}: {'; '.join(problems)}: give whole checkpoints, with the config.json that each was saved with"
         )
 
 

@@ -13,8 +13,9 @@ from sp_fast.checkpoint import official_entries, official_shapes
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError
 from sp_fast.layout import Entry
-from sp_fast.llava_sp.official_names import check_whole
+from sp_fast.llava_sp.official_names import WHOLE
 from sp_fast.projector import SPProjector
+from sp_fast.recognise import check_whole
 from sp_fast.stored_tensor import StoredTensor
 
 
@@ -27,7 +28,7 @@ def packed(
         CheckpointError: other names or shapes than the configuration's; and, when a tensor is read, values that are
             not finite in ``dtype``.
     """
-    check_whole(where, official_shapes(config), official)
+    check_whole(where, official_shapes(config), official, WHOLE)
     projector = SPProjector(config, device="meta")
     places: dict[str, list[Entry]] = {}
     for entry in official_entries(projector):
@@ -46,7 +47,7 @@ def unpacked(where: str, config: SPProjectorConfig, ours: Mapping[str, StoredTen
         CheckpointError: other names or shapes than the configuration's.
     """
     projector = SPProjector(config, device="meta")
-    check_whole(where, {name: tuple(p.shape) for name, p in projector.named_parameters()}, ours)
+    check_whole(where, {name: tuple(p.shape) for name, p in projector.named_parameters()}, ours, WHOLE)
     shapes = official_shapes(config)
     return {
         entry.official: StoredTensor(
