@@ -58,10 +58,16 @@ def python(code, cwd, *path, safe=False):
     return result.stdout.split()[-2:]
 
 
-@pytest.mark.parametrize("other", [False, True], ids=["alone", "beside the other package"])
-@pytest.mark.parametrize(
-    "mode", ["root first on the path", "root on PYTHONPATH", "installed", "installed, from the root"]
-)
+STARTS = ["root first on the path", "root on PYTHONPATH", "installed", "installed, from the root"]
+# Each takes 5 s: every start and both neighbours daily, every pair in the campaign.
+PAIRS = [
+    pytest.param(mode, other, marks=[] if other == (i % 2 == 0) else [pytest.mark.campaign])
+    for i, mode in enumerate(STARTS)
+    for other in (False, True)
+]
+
+
+@pytest.mark.parametrize(("mode", "other"), PAIRS)
 def test_kernels_never_clash(mode, other, installed, other_kernels, tmp_path):
     from_root = mode in ("root first on the path", "installed, from the root")
     home = installed if mode.startswith("installed") else ROOT

@@ -189,7 +189,7 @@ def test_compiled_gradients_are_the_eager_ones():
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("variant", ["pool-dfi", "crop"])
+@pytest.mark.parametrize("variant", [pytest.param("pool-dfi", marks=pytest.mark.campaign), "crop"])
 def test_opcheck(variant):
     """Of the head and of the pooled rows, with the arguments that a projector gives them."""
     projector = build(variant, text_width=8)

@@ -99,7 +99,7 @@ def test_layouts_of_rows_and_of_the_upstream_gradient(layout):
     torch.testing.assert_close(found, expected)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_random_configurations_and_shapes(data):
     found = drawn_problem(data.draw)
