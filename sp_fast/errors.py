@@ -29,6 +29,14 @@ class ResourceError(SPFastError):
     """The machine lacks the memory that a command needs."""
 
 
+class DataError(SPFastError):
+    """Training data that cannot be used: a file, or a sample, which is named by its id."""
+
+
+class TrainingError(SPFastError):
+    """A training run that cannot begin, go on, or be resumed."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
