@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=package_dir,
-    package_data={"sp_fast.kernels": ["*.json"]},
+    package_data={"sp_fast.kernels": ["*.json"], "sp_fast.training": ["recipes/*.yaml", "launch/*.yaml"]},
     entry_points={"console_scripts": ["sp-fast = sp_fast.cli:app"]},
     install_requires=[
         "torch>=2.11",
@@ -43,6 +43,7 @@ setup(
         "numpy",
         "packaging",
         "pillow",
+        "pyyaml",
         "protobuf",  # with sentencepiece, for language models whose tokenizer is a tokenizer.model, as Vicuna's
         "sentencepiece",
         "typer",
@@ -52,6 +53,8 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "bench": ["nvidia-ml-py", "pytest-benchmark"],
+        "data": ["datasets"],
+        "deepspeed": ["deepspeed"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
     },
 )

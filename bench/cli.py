@@ -24,6 +24,7 @@ from sp_fast.bench.options import (
     thread_count,
     usable_device,
 )
+from sp_fast.bench.train_cli import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,6 +32,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(static)
 app.command()(tune)
 app.command()(model)
+app.command()(train)
 
 
 @app.callback()
@@ -116,7 +118,10 @@ def gpu(
     ],
     part: Annotated[
         list[str] | None,
-        typer.Option(help="baselines, accuracy, projector (by stage), variants, model. Default: all. Repeatable."),
+        typer.Option(
+            help="baselines, accuracy, projector (by stage), variants, model, train (the projector's step), "
+            "train_model. Default: all. Repeatable."
+        ),
     ] = None,
     device: DeviceOption = "cuda",
     threads: ThreadsOption = None,
@@ -124,7 +129,7 @@ def gpu(
     format_: FormatOption = Format.table,
     as_json: JsonOption = False,
 ) -> None:
-    """Everything worth measuring on a machine with a GPU: at most 8 minutes a part, 33 together; resumable.
+    """Everything worth measuring on a machine with a GPU: at most 8 minutes a part, 48 together; resumable.
 
     Needs only a checkout: python -m sp_fast.bench gpu --out DIR. Exit code 0: complete; 1: a row was withheld or time
     ran out (run it again to go on); 130: interrupted, finished rows are kept.

@@ -142,10 +142,35 @@ def _model(setting: Setting) -> Part:
     return Part(tuple(cases), IMPLEMENTATIONS, MODEL_TURNS, MODEL, MODEL_PATIENCE_SECONDS)
 
 
+def _train(setting: Setting) -> Part:
+    """The projector's training step beside every baseline: in the dtype of the other parts, then in float32."""
+    from sp_fast.bench.train_cases import projector_implementations, projector_steps
+    from sp_fast.bench.train_suite import PROJECTOR_STEP
+
+    batches = (1,) if setting.tiny else (1, 16, 32)
+    cases = projector_steps([HEADLINE], batches, [DTYPE, "float32"], TINY if setting.tiny else {})
+    return Part(cases, projector_implementations(setting.device, ()), TURNS, PROJECTOR_STEP)
+
+
+def _train_model(setting: Setting) -> Part:
+    """A LoRA step of a whole 7B LLaVA-SP on 16 prompts of 640 tokens, every activation kept."""
+    from sp_fast.bench.model_cases import attentions_on
+    from sp_fast.bench.model_shapes import ModelShape
+    from sp_fast.bench.train_cases import MODEL_IMPLEMENTATIONS, MODES, model_steps
+    from sp_fast.bench.train_suite import MODEL_STEP
+
+    shape = ModelShape("tiny", "tiny") if setting.tiny else ModelShape("7b", "clip-l-336")
+    [attention] = attentions_on(setting.device, DTYPE, ["auto"])
+    cases = model_steps(shape, [1 if setting.tiny else 16], [DTYPE], attention, MODES[0], 8 if setting.tiny else 58)
+    return Part(cases, MODEL_IMPLEMENTATIONS, TURNS, MODEL_STEP, MODEL_PATIENCE_SECONDS)
+
+
 PARTS: dict[str, Callable[[Setting], Part]] = {
     "baselines": _baselines,
     "accuracy": _accuracy,
     "projector": _projector,
     "variants": _variants,
     "model": _model,
+    "train": _train,
+    "train_model": _train_model,
 }

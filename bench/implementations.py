@@ -25,12 +25,27 @@ from sp_fast.stored_tensor import StoredTensor
 
 Weights = Mapping[str, StoredTensor]
 StageFunction = Callable[..., tuple[Tensor, ...]]
+View = Callable[[Tensor], Tensor]
 
 
 class Implementation:
     """A projector and its stages (cases.STAGES), each a method of that name: tensors in, a tuple of tensors out."""
 
     module: SPProjector | ReferenceSPProjector
+
+    def place(self, key: str) -> tuple[nn.Parameter, View]:
+        """Where an official tensor lies: its parameter, and the official layout as a view of that."""
+        raise NotImplementedError
+
+    def parameter(self, key: str) -> Tensor:
+        """A parameter in the official layout, a view of it as it is now."""
+        parameter, view = self.place(key)
+        return view(parameter.detach())
+
+    def gradient(self, key: str) -> Tensor:
+        """Its gradient in the official layout, a view."""
+        parameter, view = self.place(key)
+        return view(parameter.grad)
 
     def stage(self, name: str) -> StageFunction:
         return getattr(self, name)
@@ -63,10 +78,9 @@ class Fast(Implementation):
         """Official keys of the tensors that a backward gave a gradient."""
         return [key for key, e in self._places.items() if self.module.get_parameter(e.ours).grad is not None]
 
-    def gradient(self, key: str) -> Tensor:
-        """The gradient in the official layout, a view."""
+    def place(self, key: str) -> tuple[nn.Parameter, View]:
         entry = self._places[key]
-        return entry.view(self.module.get_parameter(entry.ours).grad)
+        return self.module.get_parameter(entry.ours), entry.view
 
     def spatial(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         extractor, config, backend = self.module.extractor, self.module.config, self.module.backend.name
@@ -113,8 +127,8 @@ class Reference(Implementation):
     def gradient_keys(self) -> list[str]:
         return [key for key, parameter in self.module.named_parameters() if parameter.grad is not None]
 
-    def gradient(self, key: str) -> Tensor:
-        return self.module.get_parameter(key).grad
+    def place(self, key: str) -> tuple[nn.Parameter, View]:
+        return self.module.get_parameter(key), lambda tensor: tensor
 
     def spatial(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         return (self.module.spatial_features(patch_features),)
@@ -168,9 +182,9 @@ class Linear(Reference):
             self._flat[f"{name}.weight"] = self._flatten(self.module.get_submodule(name))
             self.module.set_submodule(name, self._flat[f"{name}.weight"])
 
-    def gradient(self, key: str) -> Tensor:
-        gradient = super().gradient(key)
-        return self._flat[key].official(gradient) if key in self._flat else gradient
+    def place(self, key: str) -> tuple[nn.Parameter, View]:
+        parameter, view = super().place(key)
+        return parameter, self._flat[key].official if key in self._flat else view
 
     def _flatten(self, conv: nn.Conv2d) -> _FlatConv:
         return _FlatConv(conv, depth_first=False)

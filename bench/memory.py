@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sp_fast.bench.timing import Run
 
@@ -26,28 +27,45 @@ class Memory:
     saved_mib: float  # what the forward keeps for the backward, without weights and inputs
     temporary_mib: float  # at the peak beyond weights, inputs, outputs and gradients; with a backward, saved included
     peak_mib: float  # of the CUDA allocator; on a CPU of the whole process, python and libraries included
+    optimizer_mib: float | None = None  # its states, where there is one
 
 
 def measure_memory(
-    module: nn.Module, inputs: Sequence[Tensor], run: Run, forward: Callable[[], object], direction: str
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    run: Run,
+    forward: Callable[[], object],
+    direction: str,
+    optimizer: Optimizer | None = None,
 ) -> Memory:
-    """``forward`` is the run's forward alone."""
+    """``forward`` is the run's forward alone; ``optimizer`` that of a training step, whose states are there already.
+    Gradients may be there too: what a run keeps for the next counts as theirs, and not as beyond."""
     trains, backward_alone = direction != "forward", direction == "backward"
     device = inputs[0].device
     saved = saved_bytes([*module.parameters(), *inputs], forward) if trains else 0
     run.before()
     release(device)
+    held = _gradient_bytes(module)
     before = current_mib(device)
     reset_peak(device)
     result = run.timed()
     peak = peak_mib(device)
     outputs = _unique_bytes([t for t in result or () if isinstance(t, Tensor)])
-    gradients = _unique_bytes([p.grad for p in module.parameters() if p.grad is not None])
+    gradients = _gradient_bytes(module)
     run.after()
     weights = _unique_bytes(module.parameters())
     outputs = 0 if backward_alone else outputs  # they were there before
-    beyond = peak - before - (outputs + gradients) / MIB
-    return Memory(weights / MIB, gradients / MIB, saved / MIB, max(0.0, beyond), peak)
+    beyond = peak - before - (outputs + gradients - held) / MIB
+    states = None if optimizer is None else _unique_bytes(_state_tensors(optimizer)) / MIB
+    return Memory(weights / MIB, gradients / MIB, saved / MIB, max(0.0, beyond), peak, states)
+
+
+def _gradient_bytes(module: nn.Module) -> int:
+    return _unique_bytes([p.grad for p in module.parameters() if p.grad is not None])
+
+
+def _state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 def saved_bytes(known: Iterable[Tensor], forward: Callable[[], object]) -> int:

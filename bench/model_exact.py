@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+_LAYERS = (nn.Conv2d, nn.LayerNorm)
 
 
 def widen(model: nn.Module) -> None:
@@ -21,6 +22,8 @@ def widen(model: nn.Module) -> None:
             dtype = module.weight.dtype
             module.register_forward_pre_hook(_widen)
             module.register_forward_hook(functools.partial(_narrow, dtype))
+        elif isinstance(module, nn.Linear):
+            module.forward = functools.partial(_linear, module)
         elif hasattr(module, "variance_epsilon"):
             module.forward = functools.partial(_rms_norm, module)
 
@@ -32,6 +35,26 @@ def _widen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _narrow(dtype: torch.dtype, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     layer.to(dtype)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    z = _Product.apply(x.double(), layer.weight)
+    return z if layer.bias is None else z + layer.bias.double()
+
+
+class _Product(torch.autograd.Function):
+    """``x @ weight.T`` in float64 with a frozen weight of another type, widened in the forward and again in the
+    backward: autograd would keep every layer's wide weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.double().t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        [weight] = ctx.saved_tensors
+        return grad @ weight.double(), None
 
 
 def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class ModelGate(Gate):
     """Results of the cases on one set of weights."""
 
     def __init__(self, dtype: str) -> None:
-        super().__init__(dtype, SP_FAST, SP_REFERENCE)
+        super().__init__(dtype, (SP_FAST,), SP_REFERENCE)
         self._chosen: dict[Any, Tensor] = {}  # tokens of the yardstick
 
     def expect(self, case: Any, exact: Results | Exception) -> None:

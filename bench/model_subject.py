@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CompileConfig, LogitsProcessorList
+from transformers import CompileConfig, LogitsProcessorList, PreTrainedModel
 
 from sp_fast.bench.gate import GateError
 from sp_fast.bench.model_cases import EXACT, LLAVA, ModelCase
@@ -58,7 +58,7 @@ class ModelSubject:
 
     def __init__(self, job: ModelJob) -> None:
         self._job, self._device = job, torch.device(job.device)
-        self.module = build_model(job.implementation, job.shape, job.dtype, self._device, job.seed)
+        self.module = self._build()
         self._stages = {
             "tower": self._tower, "projector": self._projector, "prefill": self._prefill, "ttft": self._ttft,
             "decode": self._decode, "end_to_end": self._end_to_end,
@@ -66,6 +66,10 @@ class ModelSubject:
         self._setting: tuple = ()
         self._compilation: Any = None
         self._warnings = Warnings()
+
+    def _build(self) -> PreTrainedModel:
+        job = self._job
+        return build_model(job.implementation, job.shape, job.dtype, self._device, job.seed)
 
     def inputs(self, case: ModelCase) -> tuple[Tensor, ...]:
         return (self._prompts(case, self._job.seed).pixels,)
@@ -97,6 +101,9 @@ class ModelSubject:
             if self._job.implementation != EXACT:
                 prompts = self._prompts(case, self._job.seed)
                 found["greedy"] = self._new(case, self._generate(case, prompts, case.new_tokens))
+        return self._save(case, found)
+
+    def _save(self, case: ModelCase, found: dict[str, Tensor]) -> str:
         path = self._job.folder / f"{self._job.implementation}.{case.key}.safetensors"
         save_file({name: tensor.contiguous().cpu() for name, tensor in found.items()}, path)
         return str(path)

@@ -27,14 +27,20 @@ def build_model(
 ) -> PreTrainedModel:
     """A model that generates greedily and never stops by itself: ``sp_fast``, ``sp_reference``, ``llava``, or the first
     in float64, ``exact``."""
-    if shape.folder is None:
-        model, weights = _random_model(shape, dtype, device, seed)
-    else:
-        model = LlavaSpForConditionalGeneration.from_pretrained(shape.folder, dtype=dtype).to(device)
-        weights = _stored(getattr(model.model, PROJECTOR).official_state_dict(prefix=""))
+    model, weights = base_model(shape, dtype, device, seed)
     model = MODELS[implementation](model, shape, weights, device).eval()
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
     return model
+
+
+def base_model(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[LlavaSpForConditionalGeneration, Weights]:
+    """LLaVA-SP, whose projector's weights in the official layout are given apart: every implementation takes them."""
+    if shape.folder is None:
+        return _random_model(shape, dtype, device, seed)
+    model = LlavaSpForConditionalGeneration.from_pretrained(shape.folder, dtype=dtype).to(device)
+    return model, _stored(getattr(model.model, PROJECTOR).official_state_dict(prefix=""))
 
 
 def _random_model(
@@ -60,21 +66,34 @@ def _with_projector(name: str) -> object:
     def make(
         model: LlavaSpForConditionalGeneration, shape: ModelShape, weights: Weights, device: torch.device
     ) -> LlavaSpForConditionalGeneration:
-        setattr(model.model, PROJECTOR, None)  # what it was built with goes before the other comes
-        config = shape.config().projector
-        setattr(model.model, PROJECTOR, implementations.IMPLEMENTATIONS[name](config, weights, device).module)
+        put_projector(model, name, shape, weights, device)
         return model
 
     return make
+
+
+def put_projector(
+    model: LlavaSpForConditionalGeneration, name: str, shape: ModelShape, weights: Weights, device: torch.device
+) -> implementations.Implementation:
+    """One of the projector's implementations in place of the model's own."""
+    setattr(model.model, PROJECTOR, None)  # what it was built with goes before the other comes
+    implementation = implementations.IMPLEMENTATIONS[name](shape.config().projector, weights, device)
+    setattr(model.model, PROJECTOR, implementation.module)
+    return implementation
 
 
 def _exact(
     model: LlavaSpForConditionalGeneration, shape: ModelShape, weights: Weights, device: torch.device
 ) -> LlavaSpForConditionalGeneration:
     model = _with_projector(implementations.EXACT)(model, shape, weights, device)
+    widen_parts(model)
+    return model
+
+
+def widen_parts(model: LlavaSpForConditionalGeneration) -> None:
+    """All but the projector in float64."""
     for part in (model.model.vision_tower, model.model.language_model, model.lm_head):
         widen(part)
-    return model
 
 
 def _llava(

@@ -47,6 +47,7 @@ def heats_of(
     cases: Sequence[AnyCase], implementations: tuple[str, ...], device: str, suite: Suite = PROJECTOR
 ) -> list[tuple[str, ...]]:
     """The implementations in groups that fit into memory; ours is in each, the yardstick of the gate in the first.
+    Where two do not fit and may be built anew for every turn, all are one group, of which ``side_by_side`` is False.
 
     Raises:
         ResourceError: not even one fits beside ours.
@@ -57,9 +58,18 @@ def heats_of(
         others.insert(0, suite.yardstick)
     ours = [suite.ours] if suite.ours in implementations else []
     room = int((available - needs.running_mib) / needs.idle_mib) - len(ours)
+    if room < 1 and needs.rebuilt and available >= max(needs.idle_mib + needs.running_mib, needs.exact_mib):
+        return [(*ours, *others)]
     required = max((1 + len(ours)) * needs.idle_mib + needs.running_mib, needs.exact_mib)
     if room < 1 or available < required:
         raise ResourceError(
             f"{needs.what} needs about {required:,.0f} MiB, but {available:,.0f} MiB are available: {needs.way_out}"
         )
     return [(*ours, *others[i : i + room]) for i in range(0, len(others), room)]
+
+
+def side_by_side(cases: Sequence[AnyCase], names: tuple[str, ...], device: str, suite: Suite = PROJECTOR) -> bool:
+    """Whether the implementations of a heat are all alive at once; else each gives its memory back after its turn."""
+    needs = suite.needs(cases, names)
+    available = SHARE * available_mib(torch.device(device))
+    return not needs.rebuilt or len(names) * needs.idle_mib + needs.running_mib <= available

@@ -23,7 +23,7 @@ class RecordError(SPFastError):
 class Record:
     """One implementation at one case. Figures are None where they were withheld, failed, or cannot be had."""
 
-    benchmark: str  # "projector" or "model"
+    benchmark: str  # "projector", "model" or "train"
     case: str
     implementation: str
     variant: str
@@ -75,7 +75,13 @@ class Record:
     image_tokens: int | None = None  # of one image
     prompt_tokens: int | None = None  # of text, beside the image
     new_tokens: int | None = None
-    tokens_per_second: float | None = None  # new ones, of the whole batch
+    tokens_per_second: float | None = None  # of the whole batch: new ones, or all that a training step takes
+    # of training steps only; parts of a step, p50
+    forward_ms_p50: float | None = None
+    backward_ms_p50: float | None = None
+    optimizer_ms_p50: float | None = None  # the update, and letting go of the gradients before
+    optimizer_mib: float | None = None  # its states
+    lora_rank: int | None = None
     peaks: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT

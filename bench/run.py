@@ -20,7 +20,7 @@ from sp_fast.bench.counts import Count
 from sp_fast.bench.energy import Energy
 from sp_fast.bench.gate import Gate, Verdict, results
 from sp_fast.bench.memory import Memory
-from sp_fast.bench.pool import Pool, heats_of
+from sp_fast.bench.pool import Pool, heats_of, side_by_side
 from sp_fast.bench.record import Record
 from sp_fast.bench.roofline import Peaks
 from sp_fast.bench.suite import PROJECTOR, AnyCase, Suite
@@ -63,12 +63,13 @@ class Progress:
 
 @dataclass
 class Heat:
-    """Implementations that are alive at once, on one set of weights."""
+    """Implementations that take turns, on one set of weights."""
 
     number: int
     names: tuple[str, ...]
     job: Job  # of any of them
     gate: Gate
+    alive: bool  # all at once; else one at a time, built anew for each turn
 
 
 @dataclass
@@ -107,10 +108,12 @@ class Bench:
         suite = self.plan.suite
         job = suite.job(cases[0], self.plan.device, self.plan.seed, folder)
         gate = suite.gate(cases[0])
+        pool.keep()
+        alive = [side_by_side(cases, names, self.plan.device, suite) for names in heats]
         self._expect(cases, job, gate, pool)
         for number, names in enumerate(heats):
             pool.keep(*names)
-            heat = Heat(number, names, job, gate)
+            heat = Heat(number, names, job, gate, alive[number])
             for case in cases:
                 if self._late() or not gate.expects(case):
                     self.unfinished += [case] if case not in self.unfinished else []
@@ -139,17 +142,29 @@ class Bench:
         if not taking_part:
             return
 
-        def each(question: str, *arguments: Any) -> dict[str, Any]:
-            return {name: _tried(lambda n=name: workers[n].ask(question, case, *arguments)) for name in taking_part}
+        def each(*questions: tuple[Any, ...]) -> list[dict[str, Any]]:
+            """Every process is asked all of them before the next is."""
+            found: list[dict[str, Any]] = [{} for _ in questions]
+            for name in taking_part:
+                worker = workers[name] if heat.alive else _tried(lambda n=name: self._built(n, heat, pool))
+                for answers, (question, *more) in zip(found, questions, strict=True):
+                    answers[name] = _answer(worker, question, case, *more)
+            return found
 
-        memory = each("memory")
-        suite = self.plan.suite
-        graph = suite.captured(case) and all(captured is True for captured in each("capture").values())
-        turns = []
-        for turn in range(self.plan.turns):
-            self.progress.step(f"{case.key}: turn {turn + 1} of {self.plan.turns}")
-            turns.append(each("time", self.plan.turn_seconds, self.plan.turn_runs, graph))
-        energy = each("energy", ENERGY_SECONDS, graph) if suite.metered(case) else {}
+        def turn(number: int, *before: tuple[Any, ...], graph: bool = False) -> list[dict[str, Any]]:
+            self.progress.step(f"{case.key}: turn {number + 1} of {self.plan.turns}")
+            return each(*before, ("time", self.plan.turn_seconds, self.plan.turn_runs, graph))
+
+        suite, energy = self.plan.suite, {}
+        if heat.alive:
+            memory, *captured = each(("memory",), *([("capture",)] if suite.captured(case) else []))
+            graph = bool(captured) and all(found is True for found in captured[0].values())
+            turns = [turn(number, graph=graph)[0] for number in range(self.plan.turns)]
+            if suite.metered(case):
+                [energy] = each(("energy", ENERGY_SECONDS, graph))
+        else:  # what was captured, or is warm, goes with a process's memory
+            memory, first = turn(0, ("memory",))
+            turns = [first, *(turn(number)[0] for number in range(1, self.plan.turns))]
         for name, record in taking_part.items():
             times = [turn[name] for turn in turns]
             self.add(self._measured(case, record, memory[name], times, energy.get(name, Energy())))
@@ -160,13 +175,19 @@ class Bench:
         verdicts: dict[str, Verdict | Exception] = {}
         for name in sorted(heat.names, key=lambda name: name != self.plan.suite.yardstick):
             self.progress.step(f"{case.key}: {name}, accuracy", 1)
-            built = _tried(lambda n=name: pool.build(replace(heat.job, implementation=n)))
+            built = _tried(lambda n=name: self._built(n, heat, pool))
             if isinstance(built, Exception):
                 verdicts[name] = built
             else:
                 workers[name] = built
                 verdicts[name] = _tried(lambda n=name, w=built: heat.gate.judge(n, case, w))
         return workers, verdicts
+
+    def _built(self, name: str, heat: Heat, pool: Pool) -> Worker:
+        """The process of an implementation with its subject, alone where memory has no room for two."""
+        if not heat.alive:
+            pool.keep(name)
+        return pool.build(replace(heat.job, implementation=name))
 
     def _withhold(self, cases: list[AnyCase], names: tuple[str, ...], heat: int, why: Exception) -> None:
         for case, name in itertools.product(cases, names):
@@ -188,12 +209,13 @@ class Bench:
         if failed := next((turn for turn in times if not isinstance(turn, Times)), None):
             return replace(record, withheld=first_line(failed))
         ms = [value for turn in times for value in turn.ms]
+        parts = {f"{name}_ms_p50": _p50([v for turn in times for v in turn.parts[name]]) for name in times[0].parts}
         p20, p50, p80 = (float(value) for value in np.percentile(ms, (20, 50, 80)))
         needed = sum(self.plan.suite.steps(case, record.implementation), start=Count(0, 0))
         figures = {
             "runs": len(ms), "timer": times[-1].timer, "ms_p20": p20, "ms_p50": p50, "ms_p80": p80,
             "flop": needed.flop, "bytes": needed.bytes, "tflops": needed.flop / p50 / 1e9,
-            "gbps": needed.bytes / p50 / 1e6, **self.plan.suite.figures(case, p50),
+            "gbps": needed.bytes / p50 / 1e6, **parts, **self.plan.suite.figures(case, p50),
         }  # fmt: skip
         notes = [record.note] if record.note else []
         for answer in (memory, energy):
@@ -214,6 +236,14 @@ class Bench:
 
     def _late(self) -> bool:
         return self.plan.deadline is not None and time.monotonic() > self.plan.deadline
+
+
+def _answer(worker: Worker | Exception, question: str, *arguments: Any) -> Any:
+    return worker if isinstance(worker, Exception) else _tried(lambda: worker.ask(question, *arguments))
+
+
+def _p50(ms: list[float]) -> float:
+    return float(np.percentile(ms, 50))
 
 
 def _tried(ask: Callable[[], Any]) -> Any:

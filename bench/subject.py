@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sp_fast import SPProjectorConfig
 from sp_fast.bench.cases import Case
-from sp_fast.bench.implementations import IMPLEMENTATIONS
+from sp_fast.bench.implementations import IMPLEMENTATIONS, Implementation
 from sp_fast.bench.timing import Run
 from sp_fast.bench.weights import random_weights
 from sp_fast.checkpoint import official_tensors
@@ -77,9 +77,9 @@ class ProjectorSubject:
             return Run(forward)
         _, _, cotangents = self._prepare(case)
         if case.direction == "both":
-            return Run(lambda: _backward(forward(), cotangents), after=free)
+            return Run(lambda: backward(forward(), cotangents), after=free)
         held: list[tuple[Tensor, ...]] = []
-        return Run(lambda: _backward(held.pop(), cotangents), before=lambda: held.append(forward()), after=free)
+        return Run(lambda: backward(held.pop(), cotangents), before=lambda: held.append(forward()), after=free)
 
     def results(self, case: Case) -> str:
         """What the case computes: outputs, and where it has a backward, gradients. A seeded sample of each tensor.
@@ -87,6 +87,17 @@ class ProjectorSubject:
         Gradients come in the official layout and pooled by module, because some vanish identically (softmax is blind
         to the key's bias): alone, such a tensor is rounding noise on both sides and has no relative error.
         """
+        found = self._outputs(case)
+        if case.direction != "forward":
+            backward(self.forward(case)(), self._prepare(case)[2])
+            found |= gradients(self._implementation, self._job.seed)
+            wanted = (x for x in self.inputs(case) if x.grad is not None)
+            found |= {f"grad.in.{i}": self._sample(x.grad) for i, x in enumerate(wanted)}
+            self._free(case)
+        return self._save(case.key, found)
+
+    def _outputs(self, case: Case) -> dict[str, Tensor]:
+        """Of enough inputs that the smallest has elements to judge by."""
         self._free(case)
         poison(self._device)
         outputs = self.forward(case)()
@@ -97,13 +108,7 @@ class ProjectorSubject:
             with torch.set_grad_enabled(case.direction != "forward"):
                 more = _named(case, function(*inputs))
             found = {name: torch.cat([found[name], self._sample(more[name])]) for name in found}
-        if case.direction != "forward":
-            _backward(self.forward(case)(), self._prepare(case)[2])
-            found |= self._gradients()
-            wanted = (x for x in self.inputs(case) if x.grad is not None)
-            found |= {f"grad.in.{i}": self._sample(x.grad) for i, x in enumerate(wanted)}
-            self._free(case)
-        return self._save(case.key, found)
+        return found
 
     def intermediates(self, case: Case) -> str:
         """Everything that the forward computes, level by level."""
@@ -137,13 +142,6 @@ class ProjectorSubject:
         drawn = (torch.randn(shape, generator=generator, device=self._device) for shape in shapes)
         return [c.to(self._job.dtype) for c in drawn]
 
-    def _gradients(self) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {}
-        for key in sorted(self._implementation.gradient_keys()):
-            sample = self._sample(self._implementation.gradient(key))
-            found.setdefault(f"grad.{key.split('.')[0]}", []).append(sample)
-        return {name: torch.cat(parts) for name, parts in found.items()}
-
     def _sample(self, tensor: Tensor) -> Tensor:
         return sampled(tensor, self._job.seed)
 
@@ -158,13 +156,21 @@ class ProjectorSubject:
         return str(path)
 
 
-def sampled(tensor: Tensor, seed: int) -> Tensor:
-    """Flat and in float64: all elements, or SAMPLED of them, the same for every implementation."""
+def gradients(implementation: Implementation, seed: int) -> dict[str, Tensor]:
+    """A sample of all that a backward has given, by official module."""
+    found: dict[str, list[Tensor]] = {}
+    for key in sorted(implementation.gradient_keys()):
+        found.setdefault(f"grad.{key.split('.')[0]}", []).append(sampled(implementation.gradient(key), seed))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def sampled(tensor: Tensor, seed: int, most: int = SAMPLED) -> Tensor:
+    """Flat and in float64: all elements, or ``most`` of them, the same for every implementation."""
     tensor = tensor.detach()
-    if tensor.numel() <= SAMPLED:
+    if tensor.numel() <= most:
         return tensor.double().flatten().cpu()
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(tensor.numel(), (SAMPLED,), generator=generator).to(tensor.device)
+    chosen = torch.randint(tensor.numel(), (most,), generator=generator).to(tensor.device)
     return tensor[torch.unravel_index(chosen, tensor.shape)].double().cpu()
 
 
@@ -189,6 +195,7 @@ def seeds_for(found: dict[str, Tensor]) -> int:
     return min(MOST_SEEDS, math.ceil(POOLED / max(1, min(map(len, found.values())))))
 
 
-def _backward(outputs: tuple[Tensor, ...], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
+def backward(outputs: tuple[Tensor, ...], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
+    """With upstream gradients; gives the outputs back."""
     torch.autograd.backward(outputs, [c.to(z.dtype) for c, z in zip(cotangents, outputs, strict=True)])
     return outputs

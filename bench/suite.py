@@ -46,6 +46,7 @@ class Needs:
     running_mib: float
     exact_mib: float
     way_out: str
+    rebuilt: bool = False  # where two do not fit side by side, each is built anew for its turn
 
 
 class Suite(Protocol):

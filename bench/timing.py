@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ class Run:
     before: Callable[[], object] = _nothing
     after: Callable[[], object] = _nothing
     own_ms: Callable[[], float] | None = None  # what the last run measured of itself, where a part of it is meant
+    parts_ms: Callable[[], dict[str, float]] | None = None  # and of its parts, by name
 
     def once(self) -> None:
         """One run without a clock."""
@@ -41,10 +42,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of single runs, and the clock: "wall", "events" or "graph"."""
+    """Milliseconds of single runs, and the clock: "wall", "events" or "graph"; of their parts, where runs have any."""
 
     ms: list[float]
     timer: str
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, run: Run, elapsed: float) -> None:
+        """What the last run took: by its own clock, where it has one."""
+        self.ms.append(run.own_ms() if run.own_ms else elapsed)
+        for name, ms in (run.parts_ms() if run.parts_ms else {}).items():
+            self.parts.setdefault(name, []).append(ms)
 
 
 class CpuTimer:
@@ -68,17 +76,16 @@ class CpuTimer:
             size = _LLC.read_text().strip() if _LLC.is_file() else ""
             cache = int(size[:-1]) * 2**10 if size.endswith("K") else 32 * 2**20
             self._flush = torch.zeros(2 * cache, dtype=torch.uint8, device=self._device)
-        found: list[float] = []
+        found = Times([], "wall")
         end = time.perf_counter() + seconds
-        while not found or (len(found) < most and time.perf_counter() < end):
+        while not found.ms or (len(found.ms) < most and time.perf_counter() < end):
             run.before()
             self._flush.add_(1)
             start = time.perf_counter()
             run.timed()
-            elapsed = (time.perf_counter() - start) * 1e3
-            found.append(run.own_ms() if run.own_ms else elapsed)
+            found.add(run, (time.perf_counter() - start) * 1e3)
             run.after()
-        return Times(found, "wall")
+        return found
 
 
 class CudaTimer:
@@ -126,13 +133,14 @@ class CudaTimer:
 
     def _own(self, run: Run, seconds: float, most: int) -> Times:
         """Runs with a clock of their own, at least three."""
-        found: list[float] = []
+        found = Times([], "wall")
         end = time.perf_counter() + seconds
-        while len(found) < 3 or (len(found) < most and time.perf_counter() < end):
+        while len(found.ms) < 3 or (len(found.ms) < most and time.perf_counter() < end):
             self._flush.add_(1)
+            start = time.perf_counter()
             run.once()
-            found.append(run.own_ms())
-        return Times(found, "wall")
+            found.add(run, (time.perf_counter() - start) * 1e3)
+        return found
 
     def _events(self, run: Run, runs: int) -> list[float]:
         pairs = []

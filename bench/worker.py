@@ -188,7 +188,9 @@ class Served:
         self._timer.release()
         subject = self.subject
         forward = subject.forward(case)
-        return measure_memory(subject.module, subject.inputs(case), subject.run(case), forward, case.direction)
+        optimizer = getattr(subject, "optimizer", None)  # of a subject that trains
+        run = subject.run(case)
+        return measure_memory(subject.module, subject.inputs(case), run, forward, case.direction, optimizer)
 
     def energy(self, case: Any, seconds: float, graph: bool = False) -> Energy:
         """A run's, over about ``seconds``; of what ``time`` has timed."""

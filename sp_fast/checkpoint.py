@@ -32,6 +32,7 @@ from sp_fast.tensor_files import (
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MODEL_TYPE = "sp_projector"
 THIS_PROJECTOR = "give a checkpoint of this very projector"
+_OUR_FOLDER = "give the folder that save_pretrained wrote"
 _LARGEST_GRID = 1024  # images of 14,336 pixels
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 Projector = TypeVar("Projector", bound=nn.Module)
@@ -115,6 +116,27 @@ def save_pretrained(projector: nn.Module, folder: str | os.PathLike[str], force:
     aside.replace(folder / CONFIG_FILE)
 
 
+def inspect_pretrained(folder: str | os.PathLike[str]) -> SPProjectorConfig:
+    """The configuration in a folder that ``save_pretrained`` wrote. Raises CheckpointError where there is none."""
+    path = Path(folder) / CONFIG_FILE
+    if problem := file_problem(path):
+        raise CheckpointError(f"{path} cannot be read, as it {problem}: {_OUR_FOLDER}")
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}): {_OUR_FOLDER}") from error
+    if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
+        raise CheckpointError(f"{path} is not of model_type {MODEL_TYPE!r}: for official checkpoints use from_official")
+    grid = values.get("grid", 0)
+    if isinstance(grid, int) and grid > _LARGEST_GRID:
+        raise CheckpointError(f"{path}: grid={grid} must be patches a side of a vision tower, up to {_LARGEST_GRID}")
+    try:
+        return SPProjectorConfig.from_dict(values)
+    except ConfigError as error:
+        text = str(error)  # which quotes the value, whatever that is
+        raise CheckpointError(f"{path}: {text if len(text) < 1000 else f'{text[:500]} ... {text[-500:]}'}") from error
+
+
 def load_pretrained(
     cls: type[Projector],
     folder: str | os.PathLike[str],
@@ -124,26 +146,10 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
 ) -> Projector:
     """Behind ``SPProjector.from_pretrained``."""
+    config = inspect_pretrained(folder)
     path, weights = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
-    way_out = "give the folder that save_pretrained wrote"
-    if problem := file_problem(path):
-        raise CheckpointError(f"{path} cannot be read, as it {problem}: {way_out}")
-    try:
-        values = read_json(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({first_line(error)}): {way_out}") from error
-    if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
-        raise CheckpointError(f"{path} is not of model_type {MODEL_TYPE!r}: for official checkpoints use from_official")
-    grid = values.get("grid", 0)
-    if isinstance(grid, int) and grid > _LARGEST_GRID:
-        raise CheckpointError(f"{path}: grid={grid} must be patches a side of a vision tower, up to {_LARGEST_GRID}")
-    try:
-        config = SPProjectorConfig.from_dict(values)
-    except ConfigError as error:
-        text = str(error)  # which quotes the value, whatever that is
-        raise CheckpointError(f"{path}: {text if len(text) < 1000 else f'{text[:500]} ... {text[-500:]}'}") from error
     if problem := file_problem(weights):
-        raise CheckpointError(f"{weights} {problem}: {way_out}")
+        raise CheckpointError(f"{weights} {problem}: {_OUR_FOLDER}")
     check_together(path, weights)
     tensors = read_file(weights)
     check_size(str(path), config, {name: tensor.shape for name, tensor in tensors.items()})

@@ -32,8 +32,8 @@ class WindowedExtractor(nn.Module):
         cells = {"spatial_weight": geometry.spatial_cells(config), "detail_weight": geometry.detail_cells(config)}
         for name, count in cells.items():
             self.register_parameter(name, nn.Parameter(torch.empty(count, *depth, **factory)) if count else None)
-        self._windows = [*geometry.spatial_windows(config), *geometry.detail_windows(config)]
-        self._encoded = encode_windows(self._windows)
+        self.windows = [*geometry.spatial_windows(config), *geometry.detail_windows(config)]
+        self._encoded = encode_windows(self.windows)
         self._pooled = geometry.pooled_levels(config)
         self._origin = geometry.map_origin(config)
         self.reset_parameters()
@@ -41,7 +41,7 @@ class WindowedExtractor(nn.Module):
     def reset_parameters(self) -> None:
         """Each convolution as torch's Conv2d begins: uniform within 1 / sqrt(C * height * width)."""
         weights = self._weights()
-        for w in self._windows:
+        for w in self.windows:
             bound = 1 / math.sqrt(self.config.vision_width * w.cells)
             nn.init.uniform_(weights[w.weight][w.cell : w.cell + w.cells], -bound, bound)
 
@@ -53,10 +53,13 @@ class WindowedExtractor(nn.Module):
 
     def extract(self, patch_features: Tensor, weights: list[Tensor], backend: str) -> Tensor:
         """The forward with weights from elsewhere, packed alike."""
-        config = self.config
         check_dtype(patch_features, weights[0])
-        rows = pooled_rows(patch_features, config.grid, self._origin, config.map_size, self._pooled, backend)
-        return windowed_matmul(rows, weights, self._encoded, backend)
+        return windowed_matmul(self.rows(patch_features, backend), weights, self._encoded, backend)
+
+    def rows(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
+        """What the windows read, ``[B, R, C]``: the patch features, and after them the pooled levels."""
+        config = self.config
+        return pooled_rows(patch_features, config.grid, self._origin, config.map_size, self._pooled, backend)
 
 
 class TransformerExtractor(nn.Module):

@@ -60,7 +60,7 @@ def test_the_line_for_the_official_code_runs():
 def test_the_file_map_names_every_module():
     root = Path(__file__).parent.parent
     named = set(re.findall(r"`([\w/]+\.py)`", README))
-    folders = {"sp_fast": "sp_fast/", "kernels": "kernels/", "bench": "bench/"}
+    folders = {"sp_fast": "sp_fast/", "kernels": "kernels/", "bench": "bench/", "training": "training/"}
     for name in named:
         assert any(
             (root / folder / name.removeprefix(folder)).is_file()

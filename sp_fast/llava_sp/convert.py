@@ -134,7 +134,7 @@ def plan_from_official(request: FromOfficial) -> Conversion:
 
     def beside(folder: Path) -> None:
         config.save_pretrained(folder)
-        _generation_config(official, text, tokenizer).save_pretrained(folder)
+        generation_config(official.language_folder, text, tokenizer).save_pretrained(folder)
         LlavaSpProcessor.for_model(config, tokenizer, template).save_pretrained(folder)
         _keep(official, request, folder / KEPT)
         (folder / "README.md").write_text(model_card(plan, config, licences(official.origins)), encoding="utf-8")
@@ -196,11 +196,13 @@ def _check_tied_head(where: str, rest: Mapping[str, StoredTensor]) -> None:
         )
 
 
-def _generation_config(
-    official: Official, text: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> GenerationConfig:
-    """The language model's own, without settings of a sampling that is off, which transformers refuses to save."""
-    path = official.language_folder / "generation_config.json"
+def generation_config(folder: Path, text: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The one in a folder, without settings of a sampling that is off, which transformers refuses to save.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = folder / "generation_config.json"
     values: dict[str, Any] = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id")}
     if path.exists():
         values |= read_config(path, "")

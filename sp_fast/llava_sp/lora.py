@@ -8,7 +8,7 @@ in float32, or float64 for such weights, and rounded once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,13 @@ def is_adapter(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG_FILE, *WEIGHTS_FILES))
 
 
-def adapted(folder: Path, base: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def adapted(
+    folder: Path, base: Mapping[str, StoredTensor], our_name: Callable[[str, str], str] | None = None
+) -> dict[str, StoredTensor]:
     """The weights of ``base`` (our names) that the adapter in a folder changes, changed.
+
+    Args:
+        our_name: of a file and the name of an adapted weight in it; without, the names are the official code's.
 
     Raises:
         CheckpointError: no whole adapter, a feature that is not supported, or an adapter of another model.
@@ -68,7 +73,7 @@ def adapted(folder: Path, base: Mapping[str, StoredTensor]) -> dict[str, StoredT
         )
     if not pairs:
         raise CheckpointError(f"{path} holds no tensors: fetch it again")
-    named = {name: _our_weight(str(path), name) for name in pairs}
+    named = {name: (our_name or _official_weight)(str(path), name) for name in pairs}
     if lost := [name for name, ours in named.items() if ours not in base]:
         raise CheckpointError(
             f"{path} adapts {listed(lost)}, which the language model does not have: give the --base that it was "
@@ -77,7 +82,7 @@ def adapted(folder: Path, base: Mapping[str, StoredTensor]) -> dict[str, StoredT
     return {ours: _merged(path, name, base[ours], pairs[name], *scale_of) for name, ours in named.items()}
 
 
-def _our_weight(where: str, name: str) -> str:
+def _official_weight(where: str, name: str) -> str:
     """Our name of an adapted weight; of the projector's weights there is none to merge into, so the name stays."""
     parts: Parts = split(where, {name: StoredTensor((), None, Tensor)})
     return next(iter(parts.rest), name)

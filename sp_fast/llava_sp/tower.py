@@ -40,11 +40,14 @@ def tower_kind(vision_config: PretrainedConfig) -> TowerKind:
 def patch_features(tower: nn.Module, pixel_values: Tensor, layer: int) -> Tensor:
     """``[B, 3, height, width]`` to ``[B, N, C]``: the tower's hidden state ``layer``, CLS removed, row-major.
 
+    Without images there are no features; the tower runs all the same, as one that is sharded has to on every process.
     The layers beyond are not run, and no other hidden state is kept. No autograd graph goes through a tower whose
     parameters are all frozen (paper, Sec. 4: the tower is), whatever else asks for gradients.
     """
     kind, weight = tower_kind(tower.config), tower.embeddings.patch_embedding.weight
     depth = layer % (tower.config.num_hidden_layers + 1)
+    if not len(pixel_values):
+        return patch_features(tower, pixel_values.new_zeros(1, *pixel_values.shape[1:]), layer)[:0]
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
     with torch.set_grad_enabled(trained):
         hidden = tower.embeddings(pixel_values.to(weight.device, weight.dtype))
