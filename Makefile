@@ -17,24 +17,28 @@ RUN := $(VENV)/bin/python
 SETUP := $(VENV)/installed
 endif
 
-.PHONY: demo test test-host test-bench test-bench-cli test-kernels test-gpu bench campaign lint clean
+.PHONY: demo test test-host test-train test-bench test-bench-cli test-kernels test-gpu bench campaign lint clean
 
 demo: $(SETUP)
 	$(RUN) -m sp_fast verify
 
 # Two processes side by side, on one thread each: the long ones first, so that both cores end together.
 test: $(SETUP) $(if $(NO_VENV),,lint)
-	@$(MAKE) --no-print-directory -j 2 --output-sync=line test-kernels test-host test-bench test-bench-cli
+	@$(MAKE) --no-print-directory -j 2 --output-sync=line test-kernels test-host test-train test-bench test-bench-cli
 
 # Kernels need a process of their own: triton decides at its import whether they are interpreted.
 test-kernels:
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter -m "not campaign" $(ARGS)
 
 BENCH_CLI_TESTS := tests/test_bench_cli.py tests/test_bench_static.py
+TRAIN_TESTS := $(wildcard tests/test_train_*.py)
 BENCH_TESTS := $(filter-out $(BENCH_CLI_TESTS),$(wildcard tests/test_bench_*.py)) tests/test_verify.py
 
 test-host:
-	$(RUN) -m pytest -m "not campaign and not gpu" $(addprefix --ignore=,$(BENCH_TESTS) $(BENCH_CLI_TESTS)) $(ARGS)
+	$(RUN) -m pytest -m "not campaign and not gpu" $(addprefix --ignore=,$(TRAIN_TESTS) $(BENCH_TESTS) $(BENCH_CLI_TESTS)) $(ARGS)
+
+test-train:
+	$(RUN) -m pytest -m "not campaign" $(TRAIN_TESTS) $(ARGS)
 
 test-bench:
 	$(RUN) -m pytest -m "not campaign" $(BENCH_TESTS) $(ARGS)

@@ -161,6 +161,7 @@ def test_checking_the_order_draws_nothing(tmp_path):
     assert before[1:] == (random.getstate(), str(np.random.get_state()))
 
 
+@pytest.mark.campaign  # two ranks that train with the data's own order are in test_train_distributed.py
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
     reason="its Trainer loads no optimizer on several ranks of a CPU",

@@ -280,12 +280,21 @@ def test_gradients_that_are_not_finite_stop_the_run(folder):
         ({"attention": "fast"}, "fast"),
         ({"model": "nowhere", "language_model": None, "vision_tower": None}, "nowhere"),
         ({"template": "nowhere"}, "nowhere"),
+        ({"deepspeed": "zero2.json"}, "deepspeed is asked for and not installed"),
+        ({"tensorboard": True}, "tensorboard is asked for and not installed"),
     ],
 )
 def test_what_cannot_be_used_is_named(folder, changes, message):
     with pytest.raises(SPFastError, match=message):
         train("finetune", recipe("finetune", folder, **{"projector": str(folder / "start"), **changes}), quiet)
     assert not (folder / "finetune").exists()
+
+
+def test_one_process_with_several_gpus_is_refused(folder, monkeypatch):
+    """The Trainer would use nn.DataParallel."""
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
+    with pytest.raises(TrainingError, match="2 GPUs are visible to one process: start with accelerate launch"):
+        trainer_of(folder)
 
 
 def test_a_folder_of_something_else_is_not_written_to(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,7 @@ def train(
     state = PartialState(cpu=not torch.cuda.is_available())
     say = say if state.is_main_process else lambda text: None
     check_output(recipe.output)
+    _check_packages(recipe)
     trainer, assembly = set_up(stage, recipe, say, [LogFile(recipe.output), *callbacks])
     with _the_only_one(recipe.output) if state.is_main_process else nullcontext():
         if state.is_main_process:
@@ -174,9 +176,9 @@ def read_examples(recipe: Recipe, assembly: Assembly, progress: Callable[[int, i
 
 
 def arguments(recipe: Recipe, accumulation: int, device: torch.device) -> TrainingArguments:
-    """transformers' own, of a recipe."""
+    """transformers' own, of a recipe. Raises TrainingError where it would put one batch on several GPUs."""
     on_cpu = device.type == "cpu"
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(recipe.output),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=accumulation,
@@ -205,6 +207,20 @@ def arguments(recipe: Recipe, accumulation: int, device: torch.device) -> Traini
         report_to=["tensorboard"] if recipe.tensorboard else [],
         disable_tqdm=True,
     )
+    if found.n_gpu > 1:  # with nn.DataParallel, which would tear images from their prompts
+        raise TrainingError(
+            f"{found.n_gpu} GPUs are visible to one process: start with accelerate launch --config_file "
+            "training/launch/multi_gpu.yaml -m sp_fast.cli train ..., or leave one visible: CUDA_VISIBLE_DEVICES=0"
+        )
+    return found
+
+
+def _check_packages(recipe: Recipe) -> None:
+    for name, wanted in (("tensorboard", recipe.tensorboard), ("deepspeed", recipe.deepspeed is not None)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise TrainingError(f"{name} is asked for and not installed: pip install {name}, or leave the setting out")
+    if recipe.deepspeed is not None and not recipe.deepspeed.is_file():
+        raise TrainingError(f"deepspeed={recipe.deepspeed} is no file: give DeepSpeed's JSON configuration")
 
 
 def check_output(run: Path) -> None:

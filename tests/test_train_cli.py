@@ -1,0 +1,104 @@
+"""`sp-fast train` from the command line: exit codes, JSON, and errors on stderr."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from sp_fast.cli import app
+from sp_fast.training.recipe import HELP
+from tests import tiny_training
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_training.parts(tmp_path)
+    tiny_training.data(tmp_path / "data", 8, text_only=(1,))
+    tiny_training.start(tmp_path)
+    return tmp_path
+
+
+def call(folder, command, *words):
+    given = {
+        "language-model": "lm", "vision-tower": "tower", "projector": "start", "data": "data/data.json", "output": "run",
+    }  # fmt: skip
+    options = [f"--{name}={folder / value}" for name, value in given.items()]
+    options += ["--max-length=400", "--global-batch-size=4", "--batch-size=2", "--workers=0", "--dtype=float32"]
+    return CliRunner().invoke(app, ["train", *command.split(), *options, *words])
+
+
+def test_help_lists_every_setting():
+    for stage in ("pretrain", "finetune"):
+        said = CliRunner().invoke(app, ["train", stage, "--help"]).output
+        assert all(f"--{name.replace('_', '-')}: " in said for name in HELP)
+
+
+def test_check_data_lists_every_bad_sample(folder):
+    assert call(folder, "check-data finetune").exit_code == 0
+    (folder / "data" / "2.png").write_bytes(b"no image")
+    rows = json.loads((folder / "data" / "data.json").read_text())
+    rows[3]["image"] = "../start/config.json"
+    (folder / "data" / "data.json").write_text(json.dumps(rows))
+    out = call(folder, "check-data finetune", "--json")
+    assert out.exit_code == 1
+    report = json.loads(out.stdout)
+    assert {bad["id"] for bad in report["bad"]} == {"sample-2", "sample-3", "sample-7"}
+    assert (report["samples"], report["good"], report["text_only"]) == (8, 5, 1)
+    out = call(folder, "check-data finetune")
+    assert out.exit_code == 1
+    assert "sample sample-3" in out.stdout
+    assert "leads out of" in out.stdout
+    assert "samples 8  good 5" in out.stdout
+
+
+def test_estimate_says_whether_it_fits(folder):
+    out = call(folder, "estimate finetune", "--json")
+    assert out.exit_code == 0
+    found = json.loads(out.stdout)
+    assert found["fits"] is True
+    assert found["warning"] is None
+    assert sum(found["parts_bytes"].values()) == found["total_bytes"]
+    out = call(folder, "estimate finetune", "--memory=0.001")
+    assert out.exit_code == 1
+    assert "training needs about" in out.stdout
+    assert "together" in out.stdout
+
+
+def test_a_run_its_plot_and_its_errors(folder):
+    out = call(folder, "finetune", "--max-steps=2", "--lora-rank=2")
+    assert out.exit_code == 0, out.output
+    assert "step 2/2" in out.stderr
+    assert out.stdout == ""
+    (folder / "run" / "loss.svg").unlink()
+    assert CliRunner().invoke(app, ["train", "plot", str(folder / "run")]).exit_code == 0
+    assert (folder / "run" / "loss.svg").stat().st_size > 1000
+    out = call(folder, "finetune", "--max-steps=2", "--lora-rank=2")
+    assert (out.exit_code, out.stdout) == (1, "")
+    assert "sp-fast train finetune: " in out.stderr
+    assert "has finished" in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["merge", "nowhere", "--out", "m"], "nowhere holds no finished run"),
+        (["plot", "nowhere"], "nowhere"),
+        (["estimate", "evaluate"], "'evaluate' is no stage"),
+        (["finetune", "--config", "nowhere"], "--config nowhere is no file"),
+        (["finetune", "word"], "'word' stands before any option"),
+        (["check-data", "finetune", "--data", "a.json"], "output must be given"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_counts(words, message):
+    out = CliRunner().invoke(app, ["train", *words])
+    assert out.exit_code == 1
+    assert message in out.stderr
+    assert f"sp-fast train {words[0]}: " in out.stderr
+
+
+def test_an_interruption_has_its_exit_code(folder, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sp_fast.training.run.read_parts", interrupt)
+    assert call(folder, "finetune").exit_code == 130
