@@ -48,7 +48,7 @@ test-bench-cli:
 
 # Needs only a checkout and a python with torch, triton, safetensors and pytest.
 test-gpu:
-	PYTHONPATH=. $(if $(NO_VENV),$(PYTHON),$(if $(wildcard $(VENV)/installed),$(RUN),$(PYTHON))) -m pytest tests/test_gpu.py tests/test_gpu_training.py tests/test_gpu_model.py -m gpu $(ARGS)
+	PYTHONPATH=. $(if $(NO_VENV),$(PYTHON),$(if $(wildcard $(VENV)/installed),$(RUN),$(PYTHON))) -m pytest tests/test_gpu.py tests/test_gpu_training.py tests/test_gpu_model.py tests/test_gpu_train.py -m gpu $(ARGS)
 
 bench: $(SETUP)
 	$(RUN) -m pytest tests/bench_projector.py --benchmark-only $(ARGS)

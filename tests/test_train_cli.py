@@ -1,8 +1,10 @@
 """`sp-fast train` from the command line: exit codes, JSON, and errors on stderr."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sp_fast.cli import app
@@ -39,7 +41,7 @@ def test_check_data_lists_every_bad_sample(folder):
     rows = json.loads((folder / "data" / "data.json").read_text())
     rows[3]["image"] = "../start/config.json"
     (folder / "data" / "data.json").write_text(json.dumps(rows))
-    out = call(folder, "check-data finetune", "--json")
+    out = call(folder, "check-data finetune", "--json", "--bad-samples=skip")
     assert out.exit_code == 1
     report = json.loads(out.stdout)
     assert {bad["id"] for bad in report["bad"]} == {"sample-2", "sample-3", "sample-7"}
@@ -55,7 +57,7 @@ def test_estimate_says_whether_it_fits(folder):
     out = call(folder, "estimate finetune", "--json")
     assert out.exit_code == 0
     found = json.loads(out.stdout)
-    assert found["fits"] is True
+    assert found["fits"] == ["none"]
     assert found["warning"] is None
     assert sum(found["parts_bytes"].values()) == found["total_bytes"]
     out = call(folder, "estimate finetune", "--memory=0.001")
@@ -86,7 +88,8 @@ def test_a_run_its_plot_and_its_errors(folder):
         (["estimate", "evaluate"], "'evaluate' is no stage"),
         (["finetune", "--config", "nowhere"], "--config nowhere is no file"),
         (["finetune", "word"], "'word' stands before any option"),
-        (["check-data", "finetune", "--data", "a.json"], "output must be given"),
+        (["check-data", "finetune"], "data must be given"),
+        (["pretrain", "--lora-rank", "4", "--data", "a", "--output", "o"], "lora_rank belongs to finetune"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_counts(words, message):
@@ -96,9 +99,37 @@ def test_what_cannot_be_done_is_said_and_counts(words, message):
     assert f"sp-fast train {words[0]}: " in out.stderr
 
 
-def test_an_interruption_has_its_exit_code(folder, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
+
+def test_an_interruption_has_its_exit_code(folder, monkeypatch):
     monkeypatch.setattr("sp_fast.training.run.read_parts", interrupt)
     assert call(folder, "finetune").exit_code == 130
+
+
+def test_a_run_says_from_which_checkpoint_it_goes_on(folder, monkeypatch):
+    words = ("--max-steps=2", "--lora-rank=2", "--save-steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("sp_fast.training.run.write_result", interrupt)
+        assert call(folder, "finetune", *words).exit_code == 130
+    out = call(folder, "finetune", *words)
+    assert out.exit_code == 0, out.output
+    assert f"resuming from {folder / 'run' / 'checkpoint-2'}" in out.stderr
+
+
+def test_a_run_is_merged_with_the_weights_that_it_began_with(folder):
+    assert call(folder, "finetune", "--max-steps=1", "--lora-rank=2").exit_code == 0
+    shutil.rmtree(folder / "start")  # the run has its own projector
+    merge = ["train", "merge", str(folder / "run"), "--out"]
+    for dtype in ("bfloat16", "float32"):
+        assert CliRunner().invoke(app, [*merge, str(folder / dtype), "--dtype", dtype]).exit_code == 0
+        tensors = load_file(folder / dtype / "model.safetensors")
+        assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
+        assert json.loads((folder / dtype / "config.json").read_text())["dtype"] == dtype
+    out = CliRunner().invoke(app, [*merge, str(folder / "half"), "--dtype", "half"])
+    assert (out.exit_code, "dtype='half' must be one of" in out.stderr) == (1, True)
+    weights = folder / "lm" / "model.safetensors"
+    save_file({n: t.clone().mul_(1.5) for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    out = CliRunner().invoke(app, [*merge, str(folder / "other")])
+    assert (out.exit_code, "was trained on other weights" in out.stderr) == (1, True)

@@ -8,7 +8,10 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
 
+from sp_fast.llava_sp.loading import load_model
+from sp_fast.training.parts import read_parts
 from tests import tiny_training
+from tests.tiny_training import recipe
 from tests.train_processes import both, in_float64, two_processes
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +33,7 @@ def found(request, tmp_path_factory):
 def test_two_processes_equal_one_with_the_same_batch(found):
     """In float64, over all steps of an epoch; processes with text alone beside some with images."""
     _, (losses, norms, alone), two = found
-    for (others, other_norms, other), _ in two:
+    for (others, other_norms, other), *_ in two:
         assert others.keys() == losses.keys()
         assert all(math.isclose(others[step], loss, rel_tol=1e-9) for step, loss in losses.items())
         for part, norm in norms.items():
@@ -41,7 +44,7 @@ def test_two_processes_equal_one_with_the_same_batch(found):
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(found):
-    folder, _, ((_, (through, stopped, went_on)), _) = found
+    folder, _, ((_, (through, stopped, went_on), _), _) = found
     assert len(through) == 3
     assert min(went_on) == 3
     assert {**stopped, **went_on} == through
@@ -54,3 +57,18 @@ def test_a_checkpoint_holds_what_is_trained_whole(found):
     folder, (_, _, alone), _ = found
     held = load_file(folder / "through" / "checkpoint-3" / "trained.safetensors")
     assert {name: tensor.shape for name, tensor in held.items()} == {name: t.shape for name, t in alone.items()}
+
+
+def test_a_whole_language_model_is_trained_and_written(found):
+    folder, _, ((*_, losses), _) = found
+    loaded = load_model(folder / "whole" / "model")
+    assert {str(parameter.dtype) for parameter in loaded.model.parameters()} == {"torch.bfloat16"}
+    before, after = (
+        read_parts(recipe("finetune", folder, projector=str(folder / "start"))).rest,
+        loaded.model.state_dict(),
+    )
+    same = {name for name, tensor in before.items() if torch.equal(tensor.load().bfloat16(), after[name])}
+    assert {name for name in before if "vision_tower" in name} <= same
+    assert not {name for name in same if "proj.weight" in name and "vision_tower" not in name}
+    assert loaded.model.config.text_config.use_cache
+    assert any(loss != torch.tensor(loss).bfloat16().item() for loss in losses.values())  # summed in float32

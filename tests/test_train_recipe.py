@@ -8,7 +8,7 @@ import yaml
 
 from sp_fast.errors import TrainingError
 from sp_fast.training.recipe import HELP, Recipe
-from sp_fast.training.run import read_run, write_recipe
+from sp_fast.training.record import read_run, write_recipe
 from sp_fast.training.settings import RECIPES, read_options, read_recipe
 
 GIVEN = "--output run --data a.json --language-model lm --vision-tower tower"
@@ -99,6 +99,11 @@ def test_the_official_scripts_flags_are_understood(stage, flags, expected):
         ("--weight-decay nan", "weight_decay=nan must be 0 or more"),
         ("--global-batch-size 4 --gradient-accumulation-steps 2", "one of them"),
         ("--model whole", "give model, or language_model and vision_tower"),
+        ("--schedule cosin", "schedule='cosin' where"),
+        ("--seed 4294967296", "seed=4294967296 must be below"),
+        ("--batch-size inf", "batch_size='inf' where a whole number is expected"),
+        ("--logging-steps 7", "save_steps=500 must be a multiple of logging_steps=7"),
+        ("--bf16 perhaps", "bf16=perhaps must be one of true"),
         ("--fp16 True", "fp16=True is not supported, only false: leave it out"),
         ("--image_aspect_ratio anyres", "image_aspect_ratio=anyres is not supported, only pad"),
         ("--tune_mm_mlp_adapter True", "tune_mm_mlp_adapter=true belongs to the other stage"),
@@ -114,6 +119,24 @@ def test_what_is_refused(words, message):
     given = GIVEN.replace("--output run", "") if words == "--output" else GIVEN
     with pytest.raises(TrainingError, match=message):
         read("finetune", f"{given} {words}")
+
+
+def test_flags_that_say_the_opposite_are_not_passed_by():
+    assert read("finetune", f"{GIVEN} --lora_enable False").lora_rank is None
+    assert read("finetune", f"{GIVEN} --bf16 yes").dtype == "bfloat16"
+    for words in ("--tune_mm_mlp_adapter False", "--lora_enable True", "--lora-rank 4", "--mm_projector_lr 1e-5"):
+        with pytest.raises(TrainingError, match="and this is pretrain"):
+            read("pretrain", f"{GIVEN} {words}")
+    whole = "--output run --data a.json --model whole"
+    for words in ("--projector pool", "--tokenizer words"):
+        with pytest.raises(TrainingError, match="model has a projector and a tokenizer"):
+            read("finetune", f"{whole} {words}")
+
+
+def test_a_logger_that_is_not_served_is_named(caplog):
+    assert read("finetune", f"{GIVEN} --report_to wandb").tensorboard is False
+    assert "report_to=wandb is not served" in caplog.text
+    assert read("finetune", f"{GIVEN} --report_to tensorboard").tensorboard is True
 
 
 def test_a_setting_of_the_command_line_stands_above_the_files(tmp_path):
@@ -170,6 +193,10 @@ def test_a_run_remembers_its_recipe_wherever_it_is_read(tmp_path, monkeypatch):
     assert (stage, again) == ("finetune", recipe.absolute())
     assert again.projector == str(tmp_path / "start")
     assert again.lora_rank is None
+    Path("pool").mkdir()
+    Path("plain").mkdir()
+    named = read("pretrain", f"{GIVEN} --projector pool").absolute()
+    assert (named.projector, named.template) == ("pool", "plain")
     with pytest.raises(TrainingError, match="give the folder of a run"):
         read_run(tmp_path)
 

@@ -6,17 +6,17 @@ import math
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModel, CLIPVisionConfig, TrainerCallback
 from typer.testing import CliRunner
 
 from sp_fast import SPProjector, SPProjectorConfig
 from sp_fast.cli import app
-from sp_fast.errors import DataError, SPFastError, TrainingError
+from sp_fast.errors import SPFastError, TrainingError
 from sp_fast.llava_sp.answering import Request, Settings, answer
 from sp_fast.llava_sp.loading import load_model
-from sp_fast.training import run
-from sp_fast.training.run import read_parts, set_up, train
+from sp_fast.training.parts import read_parts
+from sp_fast.training.run import set_up, train
 from tests import tiny, tiny_training
 from tests.tiny_training import Watch, recipe, start
 
@@ -278,7 +278,8 @@ def test_gradients_that_are_not_finite_stop_the_run(folder):
         ({"data": ["nowhere.json"]}, "nowhere.json"),
         ({"global_batch_size": 3}, "global_batch_size=3 is not a multiple of batch_size=2 times 1 processes"),
         ({"attention": "fast"}, "fast"),
-        ({"model": "nowhere", "language_model": None, "vision_tower": None}, "nowhere"),
+        ({"model": "nowhere", "language_model": None, "vision_tower": None, "projector": None}, "nowhere"),
+        ({"max_length": 513}, "max_length=513 is beyond the language model's context of 512"),
         ({"template": "nowhere"}, "nowhere"),
         ({"deepspeed": "zero2.json"}, "deepspeed is asked for and not installed"),
         ({"tensorboard": True}, "tensorboard is asked for and not installed"),
@@ -318,66 +319,3 @@ def test_a_whole_model_can_be_trained_on(folder):
     out = CliRunner().invoke(app, ["train", "finetune", *map(str, words)])
     assert out.exit_code == 1
     assert "has finished" in out.output
-
-
-def test_two_runs_do_not_share_a_folder(folder):
-    settings = recipe("finetune", folder, projector=str(folder / "start"))
-    said = []
-
-    class Again(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            with pytest.raises(TrainingError, match="another process is training in") as raised:
-                train("finetune", settings, quiet)
-            said.append(str(raised.value))
-
-    train("finetune", settings, quiet, [Again()])
-    assert said
-
-
-def test_other_frozen_weights_do_not_go_on(folder):
-    settings = recipe("finetune", folder, projector=str(folder / "start"))
-    with pytest.raises(KeyboardInterrupt):
-        train("finetune", settings, quiet, [Watch(1)])
-    weights = folder / "lm" / "model.safetensors"
-    save_file({n: t.clone().mul_(1.01) for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match="frozen weights is '"):
-        train("finetune", settings, quiet)
-
-
-def test_a_run_that_does_not_fit_says_so_before_it_loads(folder, monkeypatch):
-    monkeypatch.setattr(run, "free_memory", lambda: 1000)
-    said = []
-    monkeypatch.setattr(run.Assembly, "build", lambda *args: said.append("loaded"))
-    with pytest.raises(AttributeError):
-        train("finetune", recipe("finetune", folder, projector=str(folder / "start")), said.append)
-    warning = next(text for text in said if text.startswith("warning: training needs about"))
-    assert said.index(warning) < said.index("loaded")
-    assert "choose a smaller batch_size" in warning
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_stops_the_run_by_its_sample(folder, workers):
-    (folder / "data" / "4.png").write_bytes(b"no image")
-    with pytest.raises(DataError) as raised:
-        train("finetune", recipe("finetune", folder, projector=str(folder / "start"), workers=workers), quiet)
-    assert str(raised.value).startswith("sample sample-")
-    assert "4.png is none of PNG" in str(raised.value)
-    assert "Traceback" not in str(raised.value)
-
-
-def test_bad_samples_are_skipped_and_counted_where_asked(folder, caplog):
-    (folder / "data" / "4.png").write_bytes(b"no image")
-    rows = json.loads((folder / "data" / "data.json").read_text())
-    rows[0]["image"] = "nowhere.png"
-    (folder / "data" / "data.json").write_text(json.dumps(rows))
-    said = []
-    settings = recipe("finetune", folder, projector=str(folder / "start"), bad_samples="skip")
-    train("finetune", settings, said.append)
-    assert "15 samples; 1 are left out, see left_out.jsonl" in said
-    (left_out,) = (folder / "finetune" / "left_out.jsonl").read_text().splitlines()
-    assert json.loads(left_out)["id"] == "sample-0"
-    assert "nowhere.png" in left_out
-    lines = [json.loads(line) for line in (folder / "finetune" / "log.jsonl").read_text().splitlines()]
-    late = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-    assert sorted(text.split()[2] for text in late) == ["sample-14", "sample-9"]
-    assert lines[-1]["skipped"] == 2  # of samples 4, 9 and 14 with that image the first has none

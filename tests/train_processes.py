@@ -49,7 +49,8 @@ def in_float64(folder, output, **changes):
 
 
 def both(folder):
-    """What ``in_float64`` gives; and the losses of a run that goes through, of one that is interrupted, and after it."""
+    """What ``in_float64`` gives; the losses of a run that goes through, of one that is interrupted, and after it; and of
+    one in bfloat16 that trains the whole language model."""
     through, stopped, went_on = Watch(), Watch(2), Watch()
     train("finetune", settings(folder, "through", lora_dropout=0.5), quiet, [through])
     again = settings(folder, "stopped", lora_dropout=0.5)
@@ -57,7 +58,10 @@ def both(folder):
         train("finetune", again, quiet, [stopped])
     except KeyboardInterrupt:
         train("finetune", again, quiet, [went_on])
-    return in_float64(folder, "two"), (through.losses, stopped.losses, went_on.losses)
+    half = Watch()
+    whole = {"lora_rank": None, "lora_alpha": None, "dtype": "bfloat16", "max_steps": 2}
+    train("finetune", settings(folder, "whole", **whole), quiet, [half])
+    return in_float64(folder, "two"), (through.losses, stopped.losses, went_on.losses), half.losses
 
 
 def _work(rank, port, environment, function, arguments, folder):

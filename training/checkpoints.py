@@ -81,7 +81,8 @@ class AtomicCheckpoints:
         folder, self._whole = self._together(partial(self._begin, resume_from_checkpoint), on_main_only=True)
         if folder is not None:
             state = TrainerState.load_from_json(str(folder / _STATE))
-            if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one step more
+            # The Trainer would take one step more. With DeepSpeed only it can load what it saved.
+            if state.global_step >= state.max_steps and not self.is_deepspeed_enabled:
                 self._load_from_checkpoint(str(folder))
                 self.state = state
                 return TrainOutput(state.global_step, float("nan"), {})

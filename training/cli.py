@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,24 +61,24 @@ def estimate(
 ) -> None:
     """Memory that a run would need, part by part (GiB), before anything is loaded.
 
-    Exit code 0: it would fit; 1: it would not, or the recipe cannot be used.
+    Exit code 0: it would fit, if need be divided among the processes; 1: it would not, or the recipe cannot be used.
     """
 
     def command(console: Console) -> int:
         from sp_fast.training.estimate import estimate, free_memory, print_estimate
 
-        recipe = _recipe(stage, config, context.args)
+        recipe = _recipe(stage, config, context.args, output="unused", data="unused")
         with console.status("reading names and shapes"):
-            from sp_fast.training.run import read_parts
+            from sp_fast.training.parts import read_parts
 
             found = estimate(stage, recipe, read_parts(recipe), processes)
         free = free_memory() if memory is None else int(memory * 2**30)
-        warning = found.check(free)
+        warning, fitting = found.check(free), found.fitting(free)
         if as_json:
-            print(json.dumps({**found.to_dict(), "free_bytes": free, "fits": warning is None, "warning": warning}))
+            print(json.dumps({**found.to_dict(), "free_bytes": free, "fits": fitting, "warning": warning}))
         else:
             print_estimate(found, free)
-        return int(warning is not None)
+        return int(not fitting)
 
     _run("estimate", command)
 
@@ -97,9 +99,9 @@ def check_data(
         from rich.progress import Progress
 
         from sp_fast.training.check_data import check_data
-        from sp_fast.training.run import read_examples, read_parts
+        from sp_fast.training.parts import read_examples, read_parts
 
-        recipe = _recipe(stage, config, context.args, bad_samples="skip")
+        recipe = replace(_recipe(stage, config, context.args, output="unused"), bad_samples="skip")
         with Progress(console=console, transient=True) as bar:
             rows, samples = bar.add_task("rows", total=None), bar.add_task("samples", total=None)
             examples = read_examples(recipe, read_parts(recipe), lambda i, n: bar.update(rows, completed=i, total=n))
@@ -176,7 +178,7 @@ def _train(stage: str, config: str | None, words: list[str]) -> None:
             from sp_fast.training.run import train
 
         logging.disable_progress_bar()  # of loading, which would stand between two bars
-        with ProgressReport(console) as report:
+        with ProgressReport(console) as report, _told(console):
             for path in train(stage, recipe, partial(_say, console), [report]):
                 _say(console, f"written: {path}")
         return 0
@@ -184,10 +186,32 @@ def _train(stage: str, config: str | None, words: list[str]) -> None:
     _run(stage, command)
 
 
-def _recipe(stage: str, config: str | None, words: list[str], **fixed: Any) -> Recipe:
+def _recipe(stage: str, config: str | None, words: list[str], **unused: Any) -> Recipe:
     from sp_fast.training.settings import read_options, read_recipe
 
-    return read_recipe(stage, config, read_options(words) | fixed)
+    return read_recipe(
+        stage, config, read_options(words), {k: (Path(v),) if k == "data" else Path(v) for k, v in unused.items()}
+    )
+
+
+@contextmanager
+def _told(console: Console) -> Iterator[None]:
+    """Where a run goes on from, and what it skips or sets aside: what it would otherwise only log."""
+    import logging
+
+    class Teller(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            _say(console, record.getMessage())
+
+    logger, teller = logging.getLogger("sp_fast"), Teller()
+    before = logger.level
+    logger.addHandler(teller)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(teller)
+        logger.setLevel(before)
 
 
 def _say(console: Console, text: str) -> None:

@@ -200,7 +200,7 @@ def _template_of(processor: LlavaSpProcessor, name: str | None) -> str:
     if not _MARKER.search(template):
         raise TrainingError(
             f"the chat template {name or 'of the processor'} does not mark what is the assistant's: put its answers, "
-            f"with what ends them, between {{% generation %}} and {{% endgeneration %}}, or choose one of "
-            f"{', '.join(CHAT_TEMPLATES)}"
+            f"with what ends them, between {{% generation %}} and {{% endgeneration %}}, or choose "
+            f"{' or '.join(CHAT_TEMPLATES)} with --template"
         )
     return template

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from sp_fast.doctor.gather import host
 from sp_fast.llava_sp.assemble import Assembly
 from sp_fast.training.flops import core_of
 from sp_fast.training.recipe import Recipe
@@ -77,6 +77,11 @@ class Estimate:
             "tokens": self.tokens, "processes": self.processes, "sharding": self.sharding,
         }  # fmt: skip
 
+    def fitting(self, free_bytes: int) -> list[Sharding]:
+        """The ways to divide it, or not to, with which it fits."""
+        ways = _DIVIDED if self.processes > 1 else ("none",)
+        return [way for way in ways if self.sharded(way).total <= free_bytes]
+
     def check(self, free_bytes: int) -> str | None:
         """A warning where this is more than there is, with what would help."""
         if self.total <= free_bytes:
@@ -116,7 +121,7 @@ def estimate(stage: str, recipe: Recipe, assembly: Assembly, processes: int = 1)
 
 def free_memory() -> int:
     """Bytes that a run could take on this machine's current GPU, or else in its memory."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else host().available
 
 
 def print_estimate(found: Estimate, free_bytes: int) -> None:

@@ -70,7 +70,7 @@ class Examples(Dataset):
         bad: what is left out.
 
     Raises:
-        DataError: a file or folder that cannot be read, bad samples where they stop the run, or no good one.
+        DataError: a file or folder that cannot be read, or bad samples where they stop the run.
     """
 
     def __init__(
@@ -90,10 +90,8 @@ class Examples(Dataset):
             named = "\n".join(f"  {bad}" for bad in self.bad[:_NAMED])
             raise DataError(
                 f"{len(self.bad)} of {self._starts[-1]} samples cannot be used:\n{named}\n"
-                "`sp-fast train check-data` lists all; repair them, or leave them out by skipping bad samples"
+                "`sp-fast train check-data` lists all; repair them, or leave them out with --bad-samples skip"
             )
-        if not len(self):
-            raise DataError(f"none of {len(self.bad)} samples can be used; the first: {self.bad[0]}")
 
     def __len__(self) -> int:
         return len(self._order)
@@ -101,7 +99,10 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> Example | BadSample:
         found = self._attempt(int(self._order[operator.index(index)]), self._example)
         if isinstance(found, BadSample) and self._stops:
-            raise DataError(f"{found}; `sp-fast train check-data` lists all such samples")
+            raise DataError(
+                f"{found}; `sp-fast train check-data` lists all such samples: repair them, or leave them out with "
+                "--bad-samples skip, with which the run goes on"
+            )
         return found
 
     def _look_through(self, progress: Progress | None) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from sp_fast.errors import TrainingError
+
+logger = logging.getLogger("sp_fast")
 
 # Official name: our setting.
 SAME = {
@@ -43,6 +46,7 @@ FIXED = {
 }
 # Which change nothing here.
 HARMLESS = {"per_device_eval_batch_size", "tf32", "cache_dir", "run_name", "local_rank"}
+WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 TEMPLATES = {"plain": "plain", "v1": "vicuna_v1", "vicuna_v1": "vicuna_v1"}
 
 
@@ -75,19 +79,28 @@ def _template(stage: str, name: str, text: str) -> list[tuple[str, Any]]:
 
 
 def _stage_flag(stage: str, name: str, text: str) -> list[tuple[str, Any]]:
-    wanted = str((name == "tune_mm_mlp_adapter") == (stage == "pretrain")).lower()
-    if text != wanted and text == "true":
-        raise TrainingError(f"{name}=true belongs to the other stage, and this is {stage}")
+    own = {"tune_mm_mlp_adapter": "pretrain", "lora_enable": "finetune"}[name]
+    if _is_true(name, text) != (stage == own):
+        if name == "lora_enable" and stage == "finetune":
+            return [("lora_rank", None)]  # all of the language model
+        raise TrainingError(f"{name}={text} belongs to the other stage, and this is {stage}")
     return []
 
 
 def _loggers(stage: str, name: str, text: str) -> list[tuple[str, Any]]:
-    """Only tensorboard is served; the log is written in any case."""
+    if text not in ("tensorboard", "none"):
+        logger.warning("%s=%s is not served: log.jsonl and loss.svg are written instead", name, text)
     return [("tensorboard", text == "tensorboard")]
 
 
 def _bf16(stage: str, name: str, text: str) -> list[tuple[str, Any]]:
-    return [("dtype", "bfloat16" if text == "true" else "float32")]
+    return [("dtype", "bfloat16" if _is_true(name, text) else "float32")]
+
+
+def _is_true(name: str, text: str) -> bool:
+    if text not in WORDS:
+        raise TrainingError(f"{name}={text} must be one of {', '.join(WORDS)}")
+    return WORDS[text]
 
 
 MEANINGS = {

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from sp_fast.errors import TrainingError
+from sp_fast.training.official_flags import TEMPLATES
+from sp_fast.variants import VARIANTS
 
 STAGES = ("pretrain", "finetune")
 
@@ -28,11 +30,11 @@ class Recipe:
     model: Annotated[Path | None, "Folder of a whole LLaVA-SP model to go on from, instead of the next three."] = None
     language_model: Annotated[Path | None, "Folder of the language model."] = None
     vision_tower: Annotated[Path | None, "Folder of the CLIP or SigLIP vision tower."] = None
-    projector: Annotated[str, "A variant's name, to begin at random; or a trained projector's folder or file."] = (
-        "crop-dfi"
-    )
+    projector: Annotated[
+        str | None, "A variant's name, to begin at random; or a trained projector's folder or file. Default: crop-dfi."
+    ] = None
     tokenizer: Annotated[Path | None, "Folder of the tokenizer, where it is not the language model's."] = None
-    image_folder: Annotated[Path | None, "Where the images of the data are; none may lead out of it."] = None
+    image_folder: Annotated[Path | None, "Where the data's images are, and stay. Default: beside the data."] = None
     template: Annotated[str | None, "Chat template: plain, vicuna_v1, or a file. Default: the model's own."] = None
     max_length: Annotated[int, "Tokens of a sample, image tokens included; longer ones are cut at the end."] = 2048
     bad_samples: Annotated[
@@ -47,7 +49,7 @@ class Recipe:
     projector_learning_rate: Annotated[float | None, "The projector's own in finetune. Default: the same."] = None
     weight_decay: Annotated[float, "AdamW's weight decay, of matrices."] = 0.0
     warmup_ratio: Annotated[float, "Share of the steps in which the learning rate rises."] = 0.03
-    schedule: Annotated[str, "Learning rate after that: cosine, linear, constant_with_warmup, ..."] = "cosine"
+    schedule: Annotated[Literal["cosine", "linear", "constant_with_warmup"], "Learning rate after that."] = "cosine"
     epochs: Annotated[float, "Passes over the data."] = 1.0
     max_steps: Annotated[int | None, "Steps, instead of epochs."] = None
     max_grad_norm: Annotated[float, "Gradients are clipped to this norm; 0 leaves them."] = 1.0
@@ -92,6 +94,10 @@ class Recipe:
         parts = (self.language_model, self.vision_tower)
         if (self.model is None) == (None in parts) or (self.model is not None and any(parts)):
             raise TrainingError("give model, or language_model and vision_tower")
+        if self.model is not None and (self.projector or self.tokenizer):
+            raise TrainingError("model has a projector and a tokenizer: give its parts instead, to use others")
+        if self.seed >= 2**32:
+            raise TrainingError(f"seed={self.seed} must be below 2**32")
 
     @property
     def alpha(self) -> float | None:
@@ -114,10 +120,11 @@ class Recipe:
         """The same from wherever it is read: paths from the root, and the projector's and template's where they are
         files."""
         paths = {name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)}
+        known = {*VARIANTS, *TEMPLATES.values()}
         named = {
-            n: str(Path(v).absolute())
-            for n in ("projector", "template")
-            if (v := getattr(self, n)) and Path(v).exists()
+            name: str(Path(value).absolute())
+            for name in ("projector", "template")
+            if (value := getattr(self, name)) and value not in known and Path(value).exists()
         }
         return replace(self, **paths, **named, data=tuple(path.absolute() for path in self.data))
 

@@ -104,7 +104,10 @@ class DatasetRows:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._dataset[index : index + 1].to_pylist()[0]
+        try:
+            return self._dataset[index : index + 1].to_pylist()[0]
+        except Exception as error:  # readers of damaged files fail in any way
+            raise DataError(f"cannot be read: {first_line(error)}") from error
 
     def where(self, index: int) -> str:
         """Its place for a message."""

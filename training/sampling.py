@@ -16,7 +16,7 @@ class OrderSampler(Sampler[int]):
     As in the official code every ``global_batch`` consecutive samples have images, or none has; what is left of both
     makes up the end of the epoch. The official code draws each such batch at random and evens out what the processes
     get of it. Here 50 of them are sorted by length together, so that a batch has samples of similar length, the
-    longest first, and little padding. The batches themselves come in random order.
+    longest first, and little padding. The batches come in random order, after the one with the longest sample.
 
     Args:
         sizes: ``[samples]``, about how many tokens each has.
@@ -50,7 +50,11 @@ class OrderSampler(Sampler[int]):
             whole = len(found) // self._batch * self._batch
             batches.append(self._sorted(found[:whole]).reshape(-1, self._batch))
             rest.append(found[whole:])
-        return np.concatenate([random.permutation(np.concatenate(batches)).reshape(-1), *rest])
+        order = random.permutation(np.concatenate(batches))
+        if len(order):  # what does not fit into memory shows at once
+            longest = int(self._sizes[order].max(axis=1).argmax())
+            order[[0, longest]] = order[[longest, 0]]
+        return np.concatenate([order.reshape(-1), *rest])
 
     def _sorted(self, found: np.ndarray) -> np.ndarray:
         """By length, the longest first, within each run of 50 batches."""

@@ -7,24 +7,29 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sp_fast.errors import TrainingError
-from sp_fast.training.official_flags import translate
+from sp_fast.training.official_flags import WORDS, translate
 from sp_fast.training.recipe import HELP, STAGES, Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 _TYPES = typing.get_type_hints(Recipe)
 # Where the command line has one, the file's other is not meant.
+_OF_FINETUNE = ("lora_rank", "lora_alpha", "projector_learning_rate")
 _INSTEAD = {"gradient_accumulation_steps": "global_batch_size", "global_batch_size": "gradient_accumulation_steps"}
 
 
-def read_recipe(stage: str, config: str | None, overrides: Mapping[str, Any]) -> Recipe:
+def read_recipe(
+    stage: str, config: str | None, overrides: Mapping[str, Any], unused: Mapping[str, Any] = MappingProxyType({})
+) -> Recipe:
     """A stage's recipe: its file, and above it what was said on the command line.
 
     Args:
         config: a file, or the name of one of ``RECIPES``; None: the stage's published one.
         overrides: as ``read_options`` gives them.
+        unused: of settings that a recipe has to have, those that nobody will look at.
 
     Raises:
         TrainingError: an unknown setting or a value of a wrong kind, named with where it stands.
@@ -35,8 +40,11 @@ def read_recipe(stage: str, config: str | None, overrides: Mapping[str, Any]) ->
     said = settings(stage, overrides, "the command line")
     not_meant = {_INSTEAD[name] for name in said if name in _INSTEAD}
     values = {k: v for k, v in settings(stage, _read_yaml(path), str(path)).items() if k not in not_meant} | said
+    values = {**unused, **values}
     if missing := [one for one in ("output", "data") if one not in values]:
         raise TrainingError(f"{' and '.join(missing)} must be given: --{missing[0]} PATH, or a line of {path}")
+    if stage == "pretrain" and (alien := [one for one in _OF_FINETUNE if values.get(one) is not None]):
+        raise TrainingError(f"{alien[0]} belongs to finetune, and this is pretrain: leave it out")
     return Recipe(**values)
 
 
@@ -104,15 +112,12 @@ def _converted(name: str, value: Any, where: str) -> Any:
     (kind,) = (one for one in kinds if one is not type(None))
     try:
         return _CONVERTERS.get(kind, _one_of(kind))(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise TrainingError(f"{where} has {name}={value!r} where {_KINDS.get(kind, kind)} is expected") from error
 
 
 def _bool(value: Any) -> bool:
-    words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-    if str(value).lower() not in words:
-        raise ValueError
-    return words[str(value).lower()]
+    return WORDS[str(value).lower()]
 
 
 def _int(value: Any) -> int:

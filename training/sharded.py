@@ -14,15 +14,14 @@ from torch.optim import Optimizer
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A parameter's or buffer's data, put together from all processes."""
+    """A parameter's or buffer's data, put together from all processes; of DeepSpeed its float32 master."""
     data = tensor.detach()
     if isinstance(data, DTensor):
         return data.full_tensor()
-    if hasattr(tensor, "ds_id"):  # DeepSpeed ZeRO-3
-        from deepspeed.zero import GatheredParameters
+    if hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id"):  # DeepSpeed: ZeRO-1 and 2; 3
+        from deepspeed.utils import safe_get_full_fp32_param
 
-        with GatheredParameters([tensor]):
-            return tensor.detach().clone()
+        return safe_get_full_fp32_param(tensor)
     return data
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import Sampler
@@ -18,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from sp_fast.errors import TrainingError
 from sp_fast.training.checkpoints import AtomicCheckpoints
 from sp_fast.training.meter import Meter
+from sp_fast.training.record import add_left_out
 from sp_fast.training.stage import parameter_groups, trained
 
 logger = logging.getLogger("sp_fast")
@@ -35,13 +38,16 @@ class SpTrainer(AtomicCheckpoints, Trainer):
         super().__init__(*args, **kwargs)
         self._order, self._rates = order, rates
         self._step: list[tuple[Tensor, list[str]]] = []  # losses of this step's batches, and their samples
-        self._labels: Tensor | int | None = None
         self.skipped = 0  # bad samples of this process that were found when they were read
         #: gradient norms of the last step by part, before clipping
         self.gradient_norms: dict[str, float] = {}
         self._meter = Meter(self.model)
         self.add_callback(_Guard(self))
         self.add_callback(self._meter)
+        if self.is_fsdp_enabled and self.args.bf16:  # else gradients and the loss would be summed in bfloat16
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
         self.remove_callback(PrinterCallback)  # with disable_tqdm the Trainer prints every line of the log to stdout
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
@@ -63,18 +69,23 @@ class SpTrainer(AtomicCheckpoints, Trainer):
         ids, skipped = inputs.pop("ids"), inputs.pop("skipped")  # which the model would not take
         for said in skipped:
             logger.warning("skipped: %s", said)
+            add_left_out(Path(self.args.output_dir), said, self.state.global_step + 1)
         self.skipped += len(skipped)
         self._meter.add(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step.append((loss, ids))
-        self._labels = num_items_in_batch
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
+        """As the Trainer's; a step all of whose samples were skipped divides by one, and changes next to nothing."""
+        samples, labels = super().get_batch_samples(*args, **kwargs)
+        return samples, labels.clamp(min=1) if isinstance(labels, Tensor) else labels and max(labels, 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a line about steps also has the meter's figures."""
         if "loss" in logs:
-            skipped, gather = self.skipped, self.accelerator.gather
-            logs |= self._meter.line(self.state.global_step, self.gradient_norms, skipped, gather)
+            step, gather = self.state.global_step, self.accelerator.gather
+            logs |= self._meter.line(step, self.gradient_norms, self.skipped, gather)
         logs.pop("total_flos", None)  # the Trainer's guess, in which frozen weights are trained
         with self._meter.paused():
             super().log(logs, start_time)
@@ -104,8 +115,7 @@ class SpTrainer(AtomicCheckpoints, Trainer):
         """Before the optimizer's step, on every rank.
 
         Raises:
-            TrainingError: a loss or a gradient that is not finite, with the samples and the last good checkpoint; or a
-                step without any supervised token.
+            TrainingError: a loss or a gradient that is not finite, with the samples and the last good checkpoint.
         """
         step, self._step = self._step, []
         losses = torch.stack([loss for loss, _ in step])
@@ -115,18 +125,18 @@ class SpTrainer(AtomicCheckpoints, Trainer):
             return
         whose = [ids for (_, ids), loss in zip(step, losses, strict=True) if not loss.isfinite()]
         suspects = gather_object([one for ids in whose for one in ids])
-        if self._labels is not None and not int(self._labels):
-            problem = "no sample has a supervised token"
-        elif suspects:
+        if suspects:
             problem = f"the loss is not finite, on the samples {', '.join(map(str, suspects))}"
         else:
             ids = [one for _, ids in step for one in ids]
             problem = (
                 f"the losses are finite and their gradients are not, on the samples {', '.join(ids)} of this process"
             )
+        # DeepSpeed's backward takes the step itself.
+        taken = "" if self.is_deepspeed_enabled else "The step was not taken."
         raise TrainingError(
-            f"step {self.state.global_step + 1}: {problem}. The step was not taken. Look at those samples "
-            f"(sp-fast train check-data), lower the learning rate, or leave them out; then {self._way_on}"
+            f"step {self.state.global_step + 1}: {problem}. {taken} Look at those samples (sp-fast train check-data). "
+            f"If they could be mended, {self._way_on}; with other data or a lower learning rate, begin anew"
         )
 
 

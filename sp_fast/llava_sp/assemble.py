@@ -5,6 +5,7 @@ Nothing is read but names and shapes until ``Assembly.build``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +65,7 @@ class Assembly:
         state |= {PROJECTOR + name: tensor.to(dtype) for name, tensor in projector.state_dict().items()}
         try:
             model = LlavaSpForConditionalGeneration.from_pretrained(
-                None, config=self.config, state_dict=state, dtype=dtype, attn_implementation=attention
+                None, config=copy.deepcopy(self.config), state_dict=state, dtype=dtype, attn_implementation=attention
             )
         except SPFastError:
             raise
