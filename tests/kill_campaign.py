@@ -70,7 +70,8 @@ def train(folder, resume=None):
     """To the end, which is then described in a file beside the folder: its last bits, and the losses of each step."""
     trainer = run(folder, resume=resume, cls=Marked, save_total_limit=2)
     tensors = [*trainer.model.state_dict().values()]
-    tensors += [value for state in trainer.optimizer.state_dict()["state"].values() for value in state.values()]
+    moments = torch.load(folder / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)["state"]
+    tensors += [value for state in moments.values() for value in state.values()]  # a run at its end makes no optimizer
     bits = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     folder.with_suffix(".json").write_text(
