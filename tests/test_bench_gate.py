@@ -13,7 +13,14 @@ pytestmark = pytest.mark.usefixtures("local_workers")
 
 
 @pytest.mark.parametrize(
-    "variant", ["crop-dfi", "pool-dfi", "conv336_conv_49", "conv336_adptive_pooling_multifuse_q", "tfm336"]
+    "variant",
+    [
+        "crop-dfi",
+        "conv336_conv_49",
+        "tfm336",
+        pytest.param("pool-dfi", marks=pytest.mark.campaign),
+        pytest.param("conv336_adptive_pooling_multifuse_q", marks=pytest.mark.campaign),
+    ],
 )
 def test_every_stage_and_direction_passes_its_gate(variant):
     """Every implementation computes the same function as float64, in whole and in part."""

@@ -152,6 +152,42 @@ def merge(
     _run("merge", command)
 
 
+@app.command("make-task")
+def make_task(
+    out: Annotated[Path, typer.Option(help="The task's folder; it appears whole or not at all.")],
+    seed: Annotated[int, typer.Option(help="Of everything in it.")] = 0,
+    train: Annotated[int, typer.Option(help="Images with six questions each.")] = 8000,
+    held_out: Annotated[int, typer.Option(help="Images with six questions each, to be scored.")] = 1000,
+    captions: Annotated[int, typer.Option(help="Images with a caption, for the first stage.")] = 8000,
+    size: Annotated[int, typer.Option(help="Pixels of an image's side.")] = 96,
+    workers: Annotated[int, typer.Option(help="Processes that draw; 0: this one.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a small visual-spatial data set: coloured shapes, six types of question, chance known for each.
+
+    The same seed gives the same files. Exit code 0: done; 1: it could not be done; 130: interrupted. Nothing half-made
+    is left.
+    """
+
+    def command(console: Console) -> int:
+        from rich.progress import Progress
+
+        from sp_fast.training.task.make import Task, make_task, print_task
+
+        task = Task(seed, train, held_out, captions, size)
+        with Progress(console=console, transient=True) as bar:
+            images = bar.add_task("images", total=None)
+            described = make_task(task, out, workers, lambda i, n: bar.update(images, completed=i, total=n))
+        if as_json:
+            print(json.dumps(described))
+        else:
+            print_task(described)
+            _say(console, f"written: {out}")
+        return 0
+
+    _run("make-task", command)
+
+
 @app.command()
 def plot(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
     """Draw a run's loss, learning rates and gradient norms (loss.svg in its folder).

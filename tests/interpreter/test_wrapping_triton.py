@@ -21,6 +21,7 @@ def jobs():
     return JOBS
 
 
+@pytest.mark.campaign  # on plain torch every day
 @pytest.mark.parametrize("job", JOBS)
 def test_two_processes(failures, job):
     test_wrapping.test_two_processes(failures, job)

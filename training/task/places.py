@@ -1,0 +1,51 @@
+"""Where things lie in an image of the spatial task: its thirds, and the sides of things. Units: pixels, y down."""
+
+from __future__ import annotations
+
+from sp_fast.training.task.words import PLACES
+
+#: Left, top, right and bottom edge; right and bottom are the first pixel outside.
+Box = tuple[int, int, int, int]
+_CLEAR = 1 / 24  # share of the image by which a centre keeps away from the next third
+_STEEPNESS = 2  # so many times further along one axis than along the other is a side
+
+
+def third(place: str, size: int) -> tuple[float, float, float, float]:
+    """The edges of a third."""
+    row, column = divmod(PLACES.index(place), 3)
+    return column * size / 3, row * size / 3, (column + 1) * size / 3, (row + 1) * size / 3
+
+
+def centre_is_at(box: Box, place: str, size: int) -> bool:
+    """Whether a box has its centre in a third, and well inside, so that nobody would name another."""
+    left, top, right, bottom = third(place, size)
+    x, y = _centre(box)
+    clear = _CLEAR * size
+    return left + clear <= x <= right - clear and top + clear <= y <= bottom - clear
+
+
+def reaches(box: Box, place: str, size: int) -> bool:
+    """Whether a box has a pixel in a third."""
+    left, top, right, bottom = third(place, size)
+    return box[0] < right and box[2] > left and box[1] < bottom and box[3] > top
+
+
+def apart(box: Box, other: Box, gap: int) -> bool:
+    """Whether there are at least ``gap`` pixels between two boxes, along a row or a column."""
+    return box[2] + gap <= other[0] or other[2] + gap <= box[0] or box[3] + gap <= other[1] or other[3] + gap <= box[1]
+
+
+def side_of(box: Box, other: Box) -> str | None:
+    """On which side of another box a box is; None where it could be called another side too. Both are squares that
+    have nothing in common: what is far enough along an axis is then beyond the other's edge."""
+    (x, y), (other_x, other_y) = _centre(box), _centre(other)
+    across, down = x - other_x, y - other_y
+    if abs(across) >= _STEEPNESS * abs(down):
+        return "left" if across < 0 else "right"
+    if abs(down) >= _STEEPNESS * abs(across):
+        return "above" if down < 0 else "below"
+    return None
+
+
+def _centre(box: Box) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2

@@ -1,0 +1,167 @@
+"""Which things an image of the spatial task shows, and where, so that each question has the answer it should have.
+
+The answers are decided first, in turn, which balances them exactly. An image has one question of each type, about
+different things: no question's words tell another's answer. Whatever a question names is drawn independently of its
+answer, so that the words alone tell nothing:
+
+- count: of a colour, a shape, or both, where others have one of the two;
+- presence: a kind whose colour and whose shape others have, be it there or not (POPE's adversarial negatives);
+- position, relation, box: kinds that only one thing has;
+- colour: a third of the image in which only one thing has any pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+from sp_fast.training.task.places import Box, apart, centre_is_at, reaches, side_of
+from sp_fast.training.task.words import ANSWERS, COLOURS, PLACES, PRESENCE, SHAPES, Kind
+
+_KINDS = tuple(Kind(colour, shape) for colour in COLOURS for shape in SHAPES)
+_COUNTED = (tuple(Kind(colour, None) for colour in COLOURS), tuple(Kind(None, shape) for shape in SHAPES), _KINDS)
+#: Smallest and largest extent of things as shares of the image, and how many of ten are so: at 24x24 patches the small
+#: ones have about two patches a side, and their shape lies in single pixels.
+_EXTENTS, _OF_TEN = ((7 / 96, 9 / 96), (10 / 96, 14 / 96), (15 / 96, 21 / 96)), (4, 4, 2)
+_GAP = 2  # pixels between things, so that they never grow together
+_TRIES = 300  # places that are tried for a thing before the scene is given up
+_MOST_EXTRA = 3  # things beyond those in question, so that their total says nothing about how many are counted
+_CAPTIONED = (2, 5)  # fewest and most things of a caption
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape: its left and top pixel, and its extent in pixels, the same across and down."""
+
+    kind: Kind
+    x: int
+    y: int
+    extent: int
+
+    @property
+    def box(self) -> Box:
+        """Tight."""
+        return self.x, self.y, self.x + self.extent, self.y + self.extent
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things in the order they are drawn, and what the questions are about."""
+
+    things: tuple[Thing, ...]
+    located: Thing
+    first: Thing  # whose side is asked for,
+    second: Thing  # as seen from this one
+    boxed: Thing
+    coloured_at: str
+    counted: Kind
+    asked: Kind
+
+
+class _Cast(NamedTuple):
+    """Kinds that an image shows, by what they are there for."""
+
+    unique: tuple[Kind, ...]  # located, first, second, boxed
+    coloured: Kind
+    counted: Kind
+    asked: Kind
+    others: list[Kind]
+
+
+class _Crowded(Exception):
+    """There was no place for a thing."""
+
+
+def goals(seed: int, split: str, index: int) -> dict[str, str]:
+    """By type, the answer that an image's question has; every run of as many images as answers has each once."""
+    found = {}
+    for kind, answers in ANSWERS.items():
+        block, place = divmod(index, len(answers))
+        found[kind] = Random(f"{seed}/{split}/{kind}/{block}").sample(answers, len(answers))[place]
+    return found
+
+
+def compose(rng: Random, goals: Mapping[str, str], size: int) -> Scene:
+    """A scene whose questions have these answers, in an image of ``size`` pixels a side."""
+    while True:
+        try:
+            return _place(rng, _cast(rng, goals), goals, size)
+        except _Crowded:
+            continue
+
+
+def compose_caption(rng: Random, size: int) -> list[tuple[Thing, str]]:
+    """A few things in different thirds of the image, in reading order, each with its place."""
+    while True:
+        board = _Board(rng, size)
+        places = sorted(rng.sample(PLACES, rng.randint(*_CAPTIONED)), key=PLACES.index)
+        try:
+            return [(board.put(rng.choice(_KINDS), lambda box, p=p: centre_is_at(box, p, size)), p) for p in places]
+        except _Crowded:
+            continue
+
+
+def _cast(rng: Random, goals: Mapping[str, str]) -> _Cast:
+    counted = rng.choice(rng.choice(_COUNTED))
+    asked = rng.choice([kind for kind in _KINDS if not counted.covers(kind)])
+    free = [kind for kind in _KINDS if not counted.covers(kind) and kind != asked]
+    while True:
+        unique = rng.sample(free, 4)
+        fits = [kind for kind in _KINDS if kind.colour == goals["colour"] and kind != asked and kind not in unique]
+        if fits and _resembled(asked, unique) and (None in counted or _resembled(counted, unique)):
+            break
+    coloured = rng.choice(fits)  # may be one of the counted: what is counted does not say what colour it has not
+    to_count = [kind for kind in _KINDS if counted.covers(kind)]
+    fillers = [kind for kind in free if kind not in unique]
+    there = goals["presence"] == PRESENCE[True]
+    others = [asked] if there else [rng.choice(fillers)]
+    others += [rng.choice(to_count) for _ in range(int(goals["count"]) - counted.covers(coloured))]
+    others += [rng.choice(fillers) for _ in range(rng.randint(0, _MOST_EXTRA))]
+    return _Cast(tuple(unique), coloured, counted, asked, others)
+
+
+def _resembled(kind: Kind, others: Sequence[Kind]) -> bool:
+    """Whether some have its colour and some its shape."""
+    return kind.colour in {other.colour for other in others} and kind.shape in {other.shape for other in others}
+
+
+def _place(rng: Random, cast: _Cast, goals: Mapping[str, str], size: int) -> Scene:
+    board = _Board(rng, size)
+    alone = rng.choice([place for place in PLACES if place != goals["position"]])
+    board.put(cast.coloured, lambda box: centre_is_at(box, alone, size))
+    board.keep_free(alone)
+    located = board.put(cast.unique[0], lambda box: centre_is_at(box, goals["position"], size))
+    first = board.put(cast.unique[1])
+    second = board.put(cast.unique[2], lambda box: side_of(first.box, box) == goals["relation"])
+    boxed = board.put(cast.unique[3])
+    for kind in cast.others:
+        board.put(kind)
+    return Scene(tuple(board.things), located, first, second, boxed, alone, cast.counted, cast.asked)
+
+
+class _Board:
+    """An image that fills up."""
+
+    def __init__(self, rng: Random, size: int) -> None:
+        self._rng, self._size = rng, size
+        self._free: str | None = None
+        self.things: list[Thing] = []
+
+    def keep_free(self, place: str) -> None:
+        """Nothing more reaches into this third."""
+        self._free = place
+
+    def put(self, kind: Kind, fits: Callable[[Box], bool] = lambda box: True) -> Thing:
+        """A thing of any extent where it fits. Raises _Crowded where no place is found."""
+        least, most = self._rng.choices(_EXTENTS, _OF_TEN)[0]
+        extent = self._rng.randint(round(least * self._size), round(most * self._size))
+        last = self._size - extent - 1  # a pixel of background stays around everything
+        for _ in range(_TRIES):
+            thing = Thing(kind, self._rng.randint(1, last), self._rng.randint(1, last), extent)
+            kept = self._free is not None and reaches(thing.box, self._free, self._size)
+            if not kept and fits(thing.box) and all(apart(thing.box, other.box, _GAP) for other in self.things):
+                self.things.append(thing)
+                return thing
+        raise _Crowded
