@@ -80,22 +80,17 @@ def model(
     def command(console: Any) -> int:
         from sp_fast.bench.execute import execute
         from sp_fast.bench.model_cases import STAGES, Lengths, attentions_on, model_cases, model_implementations
-        from sp_fast.bench.model_shapes import folder_shape, random_shape
+        from sp_fast.bench.model_shapes import chosen_shape, folder_shape
         from sp_fast.bench.model_suite import MODEL
         from sp_fast.bench.record import Sink
         from sp_fast.bench.run import Plan
         from sp_fast.errors import ConfigError
 
         where = usable_device(device)
-        on_cpu = where == "cpu"
         if folder is not None and (llm or tower or variant):
             raise ConfigError(f"--model {folder} has its own parts: leave --llm, --tower and --variant out")
-        shape = folder_shape(folder) if folder else random_shape(
-            llm or ("tiny" if tiny else "0.5b" if on_cpu else "7b"),
-            tower or ("tiny" if tiny else "clip-l-336"),
-            variant or "crop-dfi",
-        )  # fmt: skip
-        dtypes = dtype or ["float32" if on_cpu else "bfloat16"]
+        shape = folder_shape(folder) if folder else chosen_shape(llm, tower, variant, where, tiny)
+        dtypes = dtype or ["float32" if where == "cpu" else "bfloat16"]
         lengths = Lengths(prompt_tokens or (8 if tiny else 64), new_tokens or (4 if tiny else 32))
         chosen = model_implementations(implementation or ())
         attentions = {dtype: attentions_on(where, dtype, attn or ["auto"]) for dtype in dtypes}

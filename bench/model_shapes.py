@@ -117,6 +117,13 @@ def random_shape(llm: str, tower: str, variant: str) -> ModelShape:
     return shape
 
 
+def chosen_shape(llm: str | None, tower: str | None, variant: str | None, device: str, tiny: bool) -> ModelShape:
+    """What a command was asked for, and for the rest what suits the device, or a rehearsal. Raises as
+    ``random_shape``."""
+    usual = ("tiny", "tiny") if tiny else ("0.5b" if device == "cpu" else "7b", "clip-l-336")
+    return random_shape(llm or usual[0], tower or usual[1], variant or "crop-dfi")
+
+
 def folder_shape(folder: Path) -> ModelShape:
     """Of a model's folder; raises ConfigError where there is none."""
     if not (folder / "config.json").is_file():

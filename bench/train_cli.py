@@ -80,7 +80,7 @@ def train(
         from sp_fast.bench import train_cases as steps
         from sp_fast.bench.execute import execute
         from sp_fast.bench.model_cases import attentions_on
-        from sp_fast.bench.model_shapes import random_shape
+        from sp_fast.bench.model_shapes import chosen_shape
         from sp_fast.bench.plan import TINY, check_names
         from sp_fast.bench.record import Sink
         from sp_fast.bench.run import Plan
@@ -96,13 +96,8 @@ def train(
 
         def step() -> tuple:
             _refuse("step", spatial_width=spatial_width)
-            on_cpu = where == "cpu"
-            shape = random_shape(
-                llm or ("tiny" if tiny else "0.5b" if on_cpu else "7b"),
-                tower or ("tiny" if tiny else "clip-l-336"),
-                variant or "crop-dfi",
-            )
-            dtypes = dtype or ["float32" if on_cpu else "bfloat16"]
+            shape = chosen_shape(llm, tower, variant, where, tiny)
+            dtypes = dtype or ["float32" if where == "cpu" else "bfloat16"]
             [(attention, reason)] = attentions_on(where, dtypes[0], [attn]).items()
             length = prompt_tokens or (8 if tiny else 58)
             cases = steps.model_steps(shape, batch or [1], dtypes, attention, steps.MODES[recompute], length)

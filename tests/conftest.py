@@ -45,6 +45,14 @@ def few_inputs(monkeypatch):
     monkeypatch.setattr(model_subject, "seeds_for", lambda _: 2)
 
 
+@pytest.fixture
+def one_input(monkeypatch):
+    """Of a projector's training outputs, which the projector's own tests judge on many."""
+    from sp_fast.bench import subject
+
+    monkeypatch.setattr(subject, "seeds_for", lambda _: 1)
+
+
 @pytest.fixture(scope="session")
 def finished():
     """A tiny model's records, measured once in this process."""

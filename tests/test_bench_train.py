@@ -1,7 +1,5 @@
 """Training steps under measurement: their parts, their gate and its planted faults, turns of whole processes."""
 
-import itertools
-import json
 import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,27 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
-from sp_fast.bench import implementations, plan, pool, subject, train_gate, train_model, train_step, worker
+from sp_fast.bench import implementations, pool, train_model
 from sp_fast.bench.execute import blank_record
-from sp_fast.bench.formats import FORMATS
-from sp_fast.bench.gpu import Setting, part_plan
-from sp_fast.bench.memory import measure_memory
 from sp_fast.bench.model_cases import SP_FAST, SP_REFERENCE
 from sp_fast.bench.model_counts import Decoder
 from sp_fast.bench.model_shapes import ModelShape
-from sp_fast.bench.roofline import Peaks
 from sp_fast.bench.run import Bench, Plan, Progress
-from sp_fast.bench.timing import Run
 from sp_fast.bench.train_cases import FACTORED, JUDGED_BATCH, MODEL_IMPLEMENTATIONS, model_steps, projector_steps
 from sp_fast.bench.train_counts import adapter_elements, model_step, projector_step
-from sp_fast.bench.train_formats import mfu, rows
+from sp_fast.bench.train_formats import mfu
 from sp_fast.bench.train_suite import MODEL_STEP, PROJECTOR_STEP
-from sp_fast.cli import app
 from sp_fast.errors import ResourceError
 from sp_fast.training.factored import FactoredAdamW
-from tests.bench_helpers import PEAKS, record, watch
+from tests.bench_helpers import PEAKS, watch
 
 pytestmark = pytest.mark.usefixtures("local_workers", "one_input")
 NAMES = ("fast", FACTORED, "reference", "linear")
@@ -40,18 +31,6 @@ TINY_MODEL = ModelShape("tiny", "tiny")
 def campaign(*values, **more):
     """A fault that is planted outside the daily suite."""
     return pytest.param(*values, marks=pytest.mark.campaign, **more)
-
-
-@pytest.fixture
-def one_input(monkeypatch):
-    """Of a projector's outputs, which the projector's own tests judge on many."""
-    monkeypatch.setattr(subject, "seeds_for", lambda _: 1)
-
-
-@pytest.fixture
-def no_peaks(monkeypatch):
-    rates = dict.fromkeys(("float32", "bfloat16"), 0.1)
-    monkeypatch.setattr(worker, "measure_peaks", lambda *_: Peaks(20.0, 22.0, rates))
 
 
 def projector_case(batch=1, dtype="float32"):
@@ -72,10 +51,6 @@ def measure(case, names, suite, turns=1):
 
 def judged(case, names, suite):
     return {r.implementation: r.withheld for r in measure(case, names, suite, turns=0)}
-
-
-def bench(*arguments):
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
 class TestProjector:
@@ -292,141 +267,6 @@ def _scaled(parameter):
     parameter.register_hook(lambda grad: grad * 1.001)
 
 
-class TestCommand:
-    @pytest.mark.usefixtures("no_peaks")
-    def test_the_projectors_step(self, tmp_path, monkeypatch):
-        for name, width in WIDTHS.items():
-            monkeypatch.setitem(plan.TINY, name, width)
-        out = tmp_path / "a.jsonl"
-        names = [x for name in ("fast", "reference") for x in ("--implementation", name)]
-        result = bench("train", "--tiny", "--device", "cpu", "--turns", "1", *names, "--out", out, "--json")
-        assert result.exit_code == 0, result.output
-        found = json.loads(result.stdout)
-        assert [r["implementation"] for r in found["records"]] == ["fast", "reference"]
-        [case] = found["cases"]
-        ratio = found["records"][1]["ms_p50"] / found["records"][0]["ms_p50"]
-        assert case["fast"]["speedup_over_official_form"] == pytest.approx(ratio, abs=1e-3)
-        shown = bench("show", out, "--format", "md").stdout
-        assert "projector's step, crop-dfi, float32, batch 1: memory, MiB" in shown
-        assert bench("compare", out, out).exit_code == 0
-        assert bench("train", "--tiny", "--out", out).exit_code == 1  # it is there
-
-    @pytest.mark.usefixtures("no_peaks")
-    def test_a_models_step(self):
-        result = bench("train", "--stage", "step", "--tiny", "--device", "cpu", "--turns", "1")
-        assert result.exit_code == 0, result.output
-        assert (
-            "LoRA step (rank 128), tiny, tiny, crop-dfi, float32, sdpa attention, eager, batch 1, 582 image"
-            in result.stdout
-        )
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--stage", "steps"], "'steps' is no stage; did you mean 'step'"),
-            (["--implementation", "sp_fast"], "'sp_fast' is no implementation; did you mean"),
-            (["--implementation", "reference_benchmark"], "is no implementation of its own on cpu"),
-            (["--llm", "7b", "--recompute"], "--stage projector has no --llm, --recompute: leave it out"),
-            (["--stage", "step", "--spatial-width", "8"], "--stage step has no --spatial-width"),
-            (["--stage", "step", "--implementation", "fast"], "did you mean 'sp_fast'"),
-            (["--stage", "step", "--prompt-tokens", "2000"], "the language model's context is 2048"),
-            (["--stage", "step", "--dtype", "fp8"], "'fp8' is no dtype"),
-            (["--variant", "crop-dif"], "did you mean 'crop-dfi'"),
-            (["--batch", "0"], "batch 0 is no number of images"),
-        ],
-    )  # fmt: skip
-    def test_wrong_input_is_one_line_and_exit_code_1(self, arguments, message):
-        result = bench("train", "--tiny", "--device", "cpu", *arguments)
-        assert result.exit_code == 1
-        assert result.stderr.startswith("sp-fast bench train: ")
-        assert message in result.stderr
-
-    def test_the_gpu_parts(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-        setting, environment = Setting("cuda", 2, tmp_path), {"machine": "x", "source": "y"}
-        part = part_plan("train", setting, environment)
-        assert [(c.batch, c.dtype) for c in part.cases] == [
-            *itertools.product((1, 16, 32), ["bfloat16"]), *itertools.product((1, 16, 32), ["float32"]),
-        ]  # fmt: skip
-        assert {FACTORED, "fast", "reference", "channels_last_benchmark", "linear"} <= set(part.implementations)
-        [case] = part_plan("train_model", setting, environment).cases
-        assert (case.shape.llm, case.batch, case.dtype, case.mode) == ("7b", 16, "bfloat16", "eager")
-        assert case.prompt_tokens + 582 == 640
-
-
-class TestShown:
-    def results(self):
-        values = {"benchmark": "train", "direction": "step", "optimizer_ms_p50": 2.0, "optimizer_mib": 200.0}
-        found = [("fast", 10.0, 0), ("reference", 160.0, 0), (FACTORED, 8.0, 0), ("fast", 12.0, 1), ("linear", 15.0, 1)]
-        return [record(name, ms, heat=heat, **values) for name, ms, heat in found]
-
-    def test_ratios_are_taken_within_a_heat(self):
-        [row] = rows(self.results())
-        assert row.over_official("fast") == 16.0
-        assert row.over_official(FACTORED) == 20.0
-        assert row.over_strongest("fast") == (1.25, "linear")
-        assert row.over_strongest(FACTORED) == (20.0, "reference")  # it took no turns with F.linear
-        assert [r.implementation for r in row.shown()] == ["reference", "linear", "fast", FACTORED]
-        assert row.shown()[2].ms_p50 == 10.0
-        assert row.to_dict()["fast"] == {"speedup_over_official_form": 16.0, "speedup": 1.25, "best_baseline": "linear"}
-
-    @pytest.mark.parametrize("format_", FORMATS)
-    def test_formats(self, format_):
-        text = FORMATS[format_]([*self.results(), record()])  # beside a record of the projector's benchmark
-        if format_ in ("table", "md"):
-            assert "sp_fast, factored AdamW" in text
-            assert "16.00x" in text
-            assert "25%" in text  # the optimizer, of 8 ms
-
-    def test_what_is_withheld_has_no_ratio(self):
-        [row] = rows([replace(r, ms_p50=None, withheld="wrong") if r.heat == 0 else r for r in self.results()])
-        assert row.over_official("fast") is None
-        assert row.over_strongest("fast") == (1.25, "linear")
-
-
 def test_factored_is_what_its_name_says(tmp_path):
     job = replace(PROJECTOR_STEP.job(projector_case(), "cpu", 0, Path(tmp_path)), implementation=FACTORED)
     assert isinstance(job.build().optimizer, FactoredAdamW)
-
-
-class TestStep:
-    def test_laps_of_one_name_add_up(self, monkeypatch):
-        clock = iter([1.0, 1.002, 1.005, 1.01])
-        monkeypatch.setattr(train_step.time, "perf_counter", lambda: next(clock))
-        laps = train_step.Laps(torch.device("cpu"))
-        laps.start()
-        for name in ("optimizer", "forward", "optimizer"):
-            laps.lap(name)
-        assert laps.parts_ms() == pytest.approx({"optimizer": 7.0, "forward": 3.0})
-        assert laps.total_ms() == pytest.approx(10.0)
-
-    def test_the_first_step_is_not_timed(self):
-        """It makes the optimizer's states; later runs find them."""
-        layer = torch.nn.Linear(2, 2)
-        optimizer, seen = torch.optim.AdamW(layer.parameters()), []
-
-        def forward():
-            seen.append(len(optimizer.state))
-            return (layer(torch.ones(1, 2)),)
-
-        for _ in range(2):
-            train_step.step_run(optimizer, forward, lambda z: z[0].sum().backward(), torch.device("cpu")).timed()
-        assert seen == [0, 2, 2]
-
-    def test_gradients_that_were_there_are_not_counted_again(self):
-        layer, x = torch.nn.Linear(4096, 4096, bias=False), torch.ones(1, 4096)  # 64 MiB
-        layer.weight.grad = torch.ones_like(layer.weight)
-
-        def step():
-            layer.zero_grad()
-            torch.ones(48 * 2**18)  # 48 MiB while there is no gradient
-            layer(x).sum().backward()
-            torch.ones(96 * 2**18)  # 96 MiB beside one
-
-        found = measure_memory(layer, [x], Run(step), lambda: layer(x), "both")
-        assert found.gradients_mib == 64
-        assert 90 < found.temporary_mib < 102
-
-    def test_results_without_an_update_judge_nothing(self):
-        gate = train_gate.TrainGate("float32", ("fast",), "reference")
-        assert gate._wrong_update("fast", None, {}) == "accuracy: no parameter was updated"

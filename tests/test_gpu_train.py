@@ -7,23 +7,15 @@ import pytest
 import torch
 
 from sp_fast.training.run import train
-from tests import tiny_training
 from tests.test_gpu import _a_gpu  # noqa: F401, the fixture sets this module up too
-from tests.tiny_training import Watch, recipe
+from tests.tiny_training import Watch, everything, quiet, recipe
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_training.parts(tmp_path)
-    tiny_training.data(tmp_path / "data", 16, text_only=(1, 2, 3, 4, 5))
-    tiny_training.start(tmp_path)
-    return tmp_path
-
-
-def quiet(text):
-    pass
+    return everything(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

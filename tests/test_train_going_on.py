@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -16,19 +17,12 @@ from sp_fast.training.result import FINISHED
 from sp_fast.training.run import arguments, train
 from tests import tiny, tiny_training
 from tests.helpers import randomised
-from tests.tiny_training import Watch, recipe
-
-
-def quiet(text):
-    pass
+from tests.tiny_training import Watch, everything, quiet, recipe
 
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_training.parts(tmp_path)
-    tiny_training.data(tmp_path / "data", 16, text_only=(1, 2, 3, 4, 5))
-    tiny_training.start(tmp_path)
-    return tmp_path
+    return everything(tmp_path)
 
 
 def settings_of(folder, **changes):
@@ -189,3 +183,18 @@ def test_a_step_without_a_good_sample_changes_nothing_and_goes_on(folder):
     train("finetune", settings_of(folder, **changes), quiet, [watch])
     assert sum(loss == 0 for loss in watch.losses.values()) == 2
     assert len(watch.losses) == 16
+
+
+@pytest.mark.parametrize("how", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "deepspeed"])
+def test_a_run_that_its_processes_divide_is_not_warned_of(folder, monkeypatch, how):
+    """The sum is of one that they do not."""
+    monkeypatch.setattr(run, "free_memory", lambda: 1000)
+    settings = settings_of(folder)
+    if how == "deepspeed":
+        settings = replace(settings, deepspeed=folder / "zero2.json")
+    else:
+        monkeypatch.setenv(how, "true")
+    said = []
+    run._say_memory("finetune", settings, read_parts(settings), 2, said.append)
+    assert len(said) == 1
+    assert said[0].startswith("about ")

@@ -18,11 +18,7 @@ from sp_fast.llava_sp.loading import load_model
 from sp_fast.training.parts import read_parts
 from sp_fast.training.run import set_up, train
 from tests import tiny, tiny_training
-from tests.tiny_training import Watch, recipe, start
-
-
-def quiet(text):
-    pass
+from tests.tiny_training import Watch, everything, quiet, recipe, start
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +114,7 @@ def test_the_official_file_of_the_first_stage_is_taken_whole(two_stages, tmp_pat
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_training.parts(tmp_path)
-    tiny_training.data(tmp_path / "data", 16, text_only=(1, 2, 3, 4, 5))
-    start(tmp_path)
-    return tmp_path
+    return everything(tmp_path)
 
 
 def trainer_of(folder, stage="finetune", **changes):
@@ -155,6 +148,13 @@ def test_what_the_second_stage_trains(folder, lora_rank):
     )
     for name, parameter in trainer.model.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_layers_are_computed_again_where_asked(folder, asked):
+    core = trainer_of(folder, gradient_checkpointing=asked).model.base_model.model.model
+    assert any(getattr(module, "gradient_checkpointing", False) for module in core.language_model.modules()) == asked
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in core.vision_tower.modules())
 
 
 def test_all_of_the_language_model_can_be_trained(folder):

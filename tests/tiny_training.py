@@ -67,6 +67,18 @@ def captions(folder, count=12):
     return path
 
 
+def everything(folder):
+    """Parts, a projector, and 16 samples, five of them without an image."""
+    parts(folder)
+    data(folder / "data", 16, text_only=(1, 2, 3, 4, 5))
+    start(folder)
+    return folder
+
+
+def quiet(text):
+    """For whoever wants to be told."""
+
+
 def recipe(stage, folder, **changes):
     """A stage's published recipe, with what makes it small."""
     small = {

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 
 from sp_fast.training.result import trained_tensors
 from sp_fast.training.run import set_up, train
-from tests.tiny_training import Watch, recipe
+from tests.tiny_training import Watch, quiet, recipe
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -25,10 +25,6 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
-
-
-def quiet(text):
-    pass
 
 
 def settings(folder, output, **changes):

@@ -16,8 +16,8 @@ from sp_fast.training.recipe import HELP, STAGES, Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 _TYPES = typing.get_type_hints(Recipe)
-# Where the command line has one, the file's other is not meant.
 _OF_FINETUNE = ("lora_rank", "lora_alpha", "projector_learning_rate")
+# Where the command line has one, the file's other is not meant.
 _INSTEAD = {"gradient_accumulation_steps": "global_batch_size", "global_batch_size": "gradient_accumulation_steps"}
 
 
@@ -62,9 +62,7 @@ def read_options(words: Sequence[str]) -> dict[str, Any]:
             raise TrainingError(f"{word!r} stands before any option: give --name value")
         else:
             found[name].append(word)
-    return {
-        name: {0: True, 1: values[0] if values else None}.get(len(values), values) for name, values in found.items()
-    }
+    return {name: values[0] if len(values) == 1 else values or True for name, values in found.items()}
 
 
 def _recipe_file(config: str) -> Path:

@@ -40,7 +40,7 @@ class SpTrainer(AtomicCheckpoints, Trainer):
         self._step: list[tuple[Tensor, list[str]]] = []  # losses of this step's batches, and their samples
         self.skipped = 0  # bad samples of this process that were found when they were read
         #: gradient norms of the last step by part, before clipping
-        self.gradient_norms: dict[str, float] = {}
+        self.gradient_norms: dict[str, Tensor] = {}
         self._meter = Meter(self.model)
         self.add_callback(_Guard(self))
         self.add_callback(self._meter)
@@ -76,10 +76,10 @@ class SpTrainer(AtomicCheckpoints, Trainer):
         self._step.append((loss, ids))
         return loss
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
         """As the Trainer's; a step all of whose samples were skipped divides by one, and changes next to nothing."""
         samples, labels = super().get_batch_samples(*args, **kwargs)
-        return samples, labels.clamp(min=1) if isinstance(labels, Tensor) else labels and max(labels, 1)
+        return samples, None if labels is None else torch.as_tensor(labels).clamp(min=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a line about steps also has the meter's figures."""
@@ -119,7 +119,7 @@ class SpTrainer(AtomicCheckpoints, Trainer):
         """
         step, self._step = self._step, []
         losses = torch.stack([loss for loss, _ in step])
-        norms = [torch.as_tensor(norm, device=losses.device) for norm in self.gradient_norms.values()]
+        norms = [norm.to(losses.device) for norm in self.gradient_norms.values()]
         fine = torch.stack([losses.isfinite().all(), *(norm.isfinite() for norm in norms)]).all()
         if self.accelerator.reduce(fine.float()).item() == self.args.world_size:
             return
