@@ -62,5 +62,9 @@ class Case:
 
 def stages_of(config: SPProjectorConfig) -> tuple[str, ...]:
     """The stages that a configuration has."""
-    absent = {"spatial": not config.levels, "detail": not config.detail_kernels}
+    absent = {
+        "spatial": not config.levels,
+        "detail": not config.detail_kernels,
+        "tail": not config.spatial_tokens,
+    }
     return tuple(stage for stage in STAGES if not absent.get(stage, False))

@@ -19,7 +19,7 @@ from sp_fast.bench.model_counts import image_tokens, prompt_length
 from sp_fast.bench.model_hooks import Clock, Prescribed, Warnings
 from sp_fast.bench.model_shapes import ModelShape
 from sp_fast.bench.model_weights import build_model
-from sp_fast.bench.subject import poison, sampled, seeds_for
+from sp_fast.bench.subject import poison, sampled, seeds_for, token_parts
 from sp_fast.bench.timing import Run
 from sp_fast.llava_sp.tower import tower_kind
 
@@ -181,7 +181,7 @@ class ModelSubject:
         self._check("image tokens", tokens, (case.batch, places, text.hidden_size))
         self._check("logits", logits, (case.batch, steps, text.vocab_size))
         spatial = tokens.shape[1] - case.shape.config().projector.patch_tokens
-        named = {"spatial_tokens": tokens[:, :spatial], "patch_tokens": tokens[:, spatial:], "logits": logits}
+        named = {**token_parts(tokens, spatial), "logits": logits}
         return {name: sampled(tensor, self._job.seed) for name, tensor in named.items()}
 
     def _logits(self, case: ModelCase, prompts: Prompts) -> Tensor:

@@ -114,11 +114,10 @@ class ProjectorSubject:
         """Everything that the forward computes, level by level."""
         with torch.no_grad():
             output = self._implementation.intermediates(*self.inputs(case))
-        spatial = case.config.spatial_tokens
         named = {f"z_small.{i}": output.z_small[:, i] for i in range(output.z_small.shape[1])}
         named |= {f"z_big.{i}": z for i, z in enumerate(output.z_big)}
         named |= {f"attention.{i}": a for i, a in enumerate(output.attention)}
-        named |= {"spatial_tokens": output.tokens[:, :spatial], "patch_tokens": output.tokens[:, spatial:]}
+        named |= token_parts(output.tokens, case.config.spatial_tokens)
         return self._save("intermediates", {name: self._sample(tensor) for name, tensor in named.items()})
 
     def _prepare(self, case: Case) -> tuple:
@@ -182,11 +181,16 @@ def poison(device: torch.device) -> None:
 
 
 def _named(case: Case, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Spatial and patch tokens apart: an error of the few would drown in the many."""
     if case.stage != "whole":
         return {f"out.{i}": z for i, z in enumerate(outputs)}
-    spatial = case.config.spatial_tokens
-    return {"spatial_tokens": outputs[0][:, :spatial], "patch_tokens": outputs[0][:, spatial:]}
+    return token_parts(outputs[0], case.config.spatial_tokens)
+
+
+def token_parts(tokens: Tensor, spatial: int) -> dict[str, Tensor]:
+    """Of ``[B, T + N, H]``, spatial and patch tokens apart, where there are any: an error of the few would drown in the
+    many."""
+    parts = {"spatial_tokens": tokens[:, :spatial], "patch_tokens": tokens[:, spatial:]}
+    return {name: part for name, part in parts.items() if part.shape[1]}
 
 
 def seeds_for(found: dict[str, Tensor]) -> int:

@@ -11,7 +11,7 @@ from sp_fast.errors import ConfigError
 from sp_fast.variants import REFUSED, SIX, VARIANTS
 
 PYRAMIDS = ("crop", "pool", "sliding")
-EXTRACTORS = ("full", "transformer")
+EXTRACTORS = ("full", "transformer", "none")
 FUSIONS = ("concat", "sum")
 NAN_PLACES = ("spatial", "detail", "logits")
 
@@ -19,6 +19,8 @@ NAN_PLACES = ("spatial", "detail", "logits")
 @dataclass(frozen=True)
 class SPProjectorConfig:
     """A LLaVA-SP projector: Spatial Feature Extractor (SFE), Detail Feature Integrator (DFI), output layer, patch MLP.
+
+    Or the patch MLP alone, which is LLaVA-1.5's projector.
 
     Lengths are counted in patches of the vision tower's square map. ``None`` means the rule given beside the field;
     after construction every field holds its resolved value. Frozen, hashable, and ``from_dict(to_dict())`` is equal.
@@ -52,7 +54,8 @@ class SPProjectorConfig:
     spatial_bias: bool | None = None
     #: where NaN becomes 0 and infinities the largest finite number. None: everywhere where there is a DFI
     nan_to_num: tuple[str, ...] | None = None
-    #: "full": convolutions; "transformer": encoder-decoder blocks with one learned query a token (Tab. 3)
+    #: "full": convolutions; "transformer": encoder-decoder blocks with one learned query a token (Tab. 3);
+    #: "none": no spatial tokens, LLaVA-1.5's own projector; kernel_sizes is then () and detail_kernel None
     extractor: str = "full"
     transformer_layers: int = 4
     transformer_heads: int = 8
@@ -65,7 +68,7 @@ class SPProjectorConfig:
         for name in ("grid", "detail_stride", "vision_width", "spatial_width", "text_width"):
             self._set(name, _positive(name, getattr(self, name)))
         if self.kernel_sizes is None:
-            self._set("kernel_sizes", () if self.pyramid == "sliding" else SIX)
+            self._set("kernel_sizes", () if self.pyramid == "sliding" or self.extractor == "none" else SIX)
         for name in ("kernel_sizes", "sliding_windows"):
             self._set(name, _integers(name, getattr(self, name)))
         if isinstance(self.detail_kernel, (tuple, list)):
@@ -73,6 +76,7 @@ class SPProjectorConfig:
             self._set("detail_kernel", kernels if len(kernels) > 1 else kernels[0] if kernels else None)
         elif self.detail_kernel is not None:
             self._set("detail_kernel", _positive("detail_kernel", self.detail_kernel))
+        self._resolve_absent()
         self._resolve_map()
         self._check_levels()
         self._check_detail()
@@ -80,6 +84,19 @@ class SPProjectorConfig:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _resolve_absent(self) -> None:
+        """Without an extractor the defaults of what it would read give way; what was asked for is refused."""
+        if self.extractor != "none":
+            return
+        for name, absent in {"pyramid": "crop", "kernel_sizes": (), "detail_kernel": None}.items():
+            value = getattr(self, name)
+            if value not in (absent, getattr(SPProjectorConfig, name)):
+                raise ConfigError(
+                    f"extractor='none' has no spatial tokens, which {name}={value!r} is for: leave {name} out, or "
+                    "take another extractor"
+                )
+            self._set(name, absent)
 
     def _resolve_map(self) -> None:
         if self.map_size is None:
@@ -110,8 +127,11 @@ class SPProjectorConfig:
         limit = self.map_size if self.pyramid == "pool" else self.grid
         if sizes and sizes[-1] > limit:
             raise ConfigError(f"kernel size {sizes[-1]} is larger than the {limit}x{limit} map that it should cover")
-        if not sizes and self.detail_kernel is None:
-            raise ConfigError("kernel_sizes=() without a detail_kernel gives no spatial tokens: name at least one")
+        if not sizes and self.detail_kernel is None and self.extractor != "none":
+            raise ConfigError(
+                "kernel_sizes=() without a detail_kernel gives no spatial tokens: name at least one, or say "
+                "extractor='none' for patch tokens alone"
+            )
 
     def _check_detail(self) -> None:
         kernels = self.detail_kernels
@@ -191,8 +211,8 @@ class SPProjectorConfig:
 
     @property
     def spatial_tokens(self) -> int:
-        """T, the number of spatial tokens an image."""
-        return len(self.levels) or self.detail_sides[0] ** 2
+        """T, the number of spatial tokens an image; without levels those of the one detail map, if there is one."""
+        return len(self.levels) or sum(side * side for side in self.detail_sides)
 
     @property
     def patch_tokens(self) -> int:
@@ -201,7 +221,9 @@ class SPProjectorConfig:
 
     @property
     def fused_width(self) -> int:
-        """Width of the spatial output layer's input."""
+        """Width of the spatial output layer's input; 0 where there is no such layer."""
+        if not self.spatial_tokens:
+            return 0
         if not self.attends:
             return self.spatial_width
         return self.spatial_width * (1 + (len(self.detail_kernels) if self.detail_fusion == "concat" else 1))

@@ -98,6 +98,17 @@ class TransformerExtractor(nn.Module):
         return pool.reshape(region.shape[0], size * size, region.shape[3])
 
 
+class NoExtractor(nn.Module):
+    """Nothing, in the place of spatial features: ``[B, 0, D]``. What is left is LLaVA-1.5's projector."""
+
+    def __init__(self, config: SPProjectorConfig, **factory: object) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
+        return patch_features.new_empty(patch_features.shape[0], 0, self.config.spatial_width)
+
+
 def transformer_block(config: SPProjectorConfig, **factory: object) -> nn.Transformer:
     """The official block: pre-norm, batch first, feed-forward as wide as the model, no biases."""
     shape = {
@@ -118,4 +129,4 @@ def transformer_block(config: SPProjectorConfig, **factory: object) -> nn.Transf
     return nn.Transformer(custom_encoder=encoder, num_decoder_layers=config.transformer_layers, **shape)
 
 
-EXTRACTORS = {"full": WindowedExtractor, "transformer": TransformerExtractor}
+EXTRACTORS = {"full": WindowedExtractor, "transformer": TransformerExtractor, "none": NoExtractor}

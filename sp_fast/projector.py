@@ -14,7 +14,7 @@ from sp_fast.backend import Backend, check_backend, choose_backend
 from sp_fast.config import NAN_PLACES, SPProjectorConfig
 from sp_fast.extractors import EXTRACTORS
 from sp_fast.integrator import NORM_EPS, DetailIntegrator, finite_where, init_linear, is_plain
-from sp_fast.interface import ProjectorOutput, check_patch_features
+from sp_fast.interface import ProjectorOutput, check_dtype, check_patch_features
 from sp_fast.kernels.token_head import token_head
 
 
@@ -24,6 +24,8 @@ class SPProjector(nn.Module):
         z_small, z_big = split(extractor(patch_features))     SFE, and the DFI's detail map
         fused = [z_small, attention of z_small over z_big]    DFI
         spatial tokens = Linear(GELU(fused));  patch tokens = Linear(GELU(Linear(patch_features)))
+
+    Without an extractor (the variant "mlp") the patch tokens are all there is, as in LLaVA-1.5.
 
     Args:
         config: what to build; the default is LLaVA-SP-Cropping at its published widths.
@@ -49,8 +51,10 @@ class SPProjector(nn.Module):
         self._requested = check_backend(backend)
         self.extractor = EXTRACTORS[config.extractor](config, **factory)
         self.integrator = DetailIntegrator(config, **factory) if config.attends else None
-        self.output = nn.Linear(config.fused_width, config.text_width, bias=config.spatial_bias, **factory)
-        init_linear(self.output)
+        self.output = None
+        if config.spatial_tokens:
+            self.output = nn.Linear(config.fused_width, config.text_width, bias=config.spatial_bias, **factory)
+            init_linear(self.output)
         self.patch_mlp = nn.Sequential(
             nn.Linear(config.vision_width, config.text_width, **factory),
             nn.GELU(),
@@ -84,7 +88,12 @@ class SPProjector(nn.Module):
         """DFI's attention and the output layer, on spatial features and detail maps ``[B, T + sum of O, D]``.
 
         Returns the spatial tokens ``[B, T, H]``, and the attention of each detail.
+
+        Raises:
+            ValueError: the projector has no spatial tokens.
         """
+        if self.output is None:
+            raise ValueError("extractor='none' gives no spatial tokens to integrate: call the projector itself")
         if self._backend_for(z).name == "triton" and is_plain(self):
             return token_head(z, None, **self._head_arguments(with_patches=False))
         z_small, z_big = self._parts(z)
@@ -109,6 +118,9 @@ class SPProjector(nn.Module):
         check_patch_features(patch_features, self.config)
         backend = self._backend_for(patch_features).name
         z = self.extractor(patch_features, backend)
+        if self.output is None:  # two products, which are cuBLAS's on every backend
+            check_dtype(patch_features, next(self.parameters()))
+            return self.patch_mlp(patch_features), z, ()
         if backend == "triton" and is_plain(self):
             tokens, attention = token_head(z, patch_features, **self._head_arguments(with_patches=True))
             return tokens, z, attention

@@ -180,7 +180,9 @@ def _diagnosis(keys: set[str]) -> str:
         )
     if all(key.startswith("mm_projector") for key in keys):
         return (
-            "only mm_projector tensors: a LLaVA projector, or what extract_mm_projector keeps; spatial weights are gone"
+            "only mm_projector tensors: a LLaVA projector, or what extract_mm_projector keeps; spatial weights are "
+            "gone. If LLaVA-1.5's own is meant: SPProjector(SPProjectorConfig.variant('mlp')).load_official(...), and "
+            "save_pretrained for the command line"
         )
     nearest = min(OFFICIAL, key=lambda name: len(variant_keys(name) ^ keys))
     missing, unexpected = variant_keys(nearest) - keys, keys - variant_keys(nearest)

@@ -47,8 +47,9 @@ class ReferenceSPProjector(nn.Module):
             for part in layout.PARTS if config.attends else ():
                 projection = nn.Sequential(nn.LayerNorm(d, **factory), nn.Linear(d, d, **factory))
                 self.add_module(layout.attention_module(config, part, detail), projection)
-        linear = nn.Linear(config.fused_width, h, bias=config.spatial_bias, **factory)
-        self.add_module(layout.output_module(config), nn.Sequential(nn.GELU(), linear))
+        if config.spatial_tokens:
+            linear = nn.Linear(config.fused_width, h, bias=config.spatial_bias, **factory)
+            self.add_module(layout.output_module(config), nn.Sequential(nn.GELU(), linear))
         self.mm_projector = nn.Sequential(nn.Linear(c, h, **factory), nn.GELU(), nn.Linear(h, h, **factory))
 
     def forward(self, patch_features: Tensor) -> Tensor:
@@ -59,6 +60,9 @@ class ReferenceSPProjector(nn.Module):
         """The forward with everything that it computes on the way."""
         config = self.config
         check_patch_features(patch_features, config)
+        if not config.spatial_tokens:  # LLaVA-1.5
+            nothing = patch_features.new_empty(patch_features.shape[0], 0, config.spatial_width)
+            return ProjectorOutput(self.mm_projector(patch_features), nothing, (), ())
         z_big = self.detail_maps(patch_features)
         if config.levels:
             z_small = self.spatial_features(patch_features)

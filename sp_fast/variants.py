@@ -30,7 +30,8 @@ OFFICIAL: dict[str, dict[str, Any]] = {
     "tfm336_adptive_pooling": {"pyramid": "pool", "map_size": 24, **_TRANSFORMER},
 }  # fmt: skip
 
-# Short names for the command line; "sliding" is the paper's Tab. 5, for which no official code was published.
+# Short names for the command line; "sliding" is the paper's Tab. 5, for which no official code was published, "mlp"
+# LLaVA-1.5's mlp2x_gelu: what spatial tokens are held against.
 SHORT: dict[str, dict[str, Any]] = {
     "crop": OFFICIAL["conv336"],
     "crop-dfi": OFFICIAL["conv336_cropping_sfe_dfi"],
@@ -38,6 +39,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "pool-dfi": OFFICIAL["conv336_adptive_pooling_fuse_49"],
     "sliding": {"pyramid": "sliding", "detail_kernel": None},
     "sliding-dfi": {"pyramid": "sliding"},
+    "mlp": {"extractor": "none"},
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {**SHORT, **OFFICIAL}

@@ -115,8 +115,9 @@ def accuracy(build, dtype, seeds, batch):
             output = module.intermediates(features)
             cotangent = torch.randn(output.tokens.shape, generator=torch.Generator().manual_seed(seed))
             output.tokens.backward(cotangent.to(dtype).to(features))
-            found = {"spatial": output.tokens[:, : projector.config.spatial_tokens], "tokens": output.tokens}
-            found |= {"z_small": output.z_small, "input": features.grad}
+            found = {"tokens": output.tokens, "input": features.grad}
+            if spatial := projector.config.spatial_tokens:
+                found |= {"spatial": output.tokens[:, :spatial], "z_small": output.z_small}
             for i, (z, attention) in enumerate(zip(output.z_big, output.attention, strict=True)):
                 found |= {f"z_big {i}": z, f"attention {i}": attention}
             for key, gradient in official_gradients(module).items():

@@ -43,6 +43,13 @@ def test_parts_become_a_model(tmp_path, text, tower):
     assert model.float()(**inputs).logits.isfinite().all()
 
 
+def test_a_model_without_spatial_tokens(folder):
+    model = assemble(folder / "lm", folder / "tower", "mlp").build(torch.bfloat16)
+    names = [name for name, _ in model.model.multi_modal_projector.named_parameters()]
+    assert names == ["patch_mlp.0.weight", "patch_mlp.0.bias", "patch_mlp.2.weight", "patch_mlp.2.bias"]
+    assert model.config.image_seq_length == 64
+
+
 def test_the_seed_is_the_projectors(folder):
     found = assemble(folder / "lm", folder / "tower", PROJECTOR)
     one, same, other = (found.make_projector(seed).output.weight for seed in (0, 0, 1))

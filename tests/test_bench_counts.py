@@ -157,6 +157,7 @@ def test_plans_hold_what_exists():
         ((["crop"], ["whole"], ["forward"], [0], ["float32"]), "batch 0 is no number of images"),
         ((["crop"], ["whole"], ["forward"], [1], ["fp8"]), "'fp8' is no dtype; known: float32"),
         ((["crop"], ["detail"], ["forward"], [1], ["float32"]), "crop has no stage detail"),
+        ((["mlp"], ["spatial", "tail"], ["forward"], [1], ["float32"]), "mlp has no stage spatial, tail"),
     ],
 )
 def test_unknown_words(arguments, message):

@@ -12,6 +12,7 @@ import torch
 from sp_fast.bench import model_weights
 from sp_fast.bench.gate import GateError
 from sp_fast.bench.model_cases import IMPLEMENTATIONS, STAGES
+from sp_fast.bench.model_gate import ModelGate
 from sp_fast.bench.model_subject import Clock, ModelJob, ModelSubject
 from sp_fast.bench.model_suite import MODEL
 from sp_fast.bench.model_summary import roof_tokens_per_second
@@ -39,6 +40,20 @@ def test_every_stage_of_every_implementation_has_figures(finished):
     assert roof_tokens_per_second(decode) == pytest.approx(2 / decode.roof_ms * 1e3)
     assert {r.stage for r in finished if r.tokens_per_second} == {"decode", "end_to_end"}
     assert whole.weights_mib > found["end_to_end", "llava"].weights_mib
+
+
+def test_without_spatial_tokens_the_rest_is_judged(tmp_path):
+    shape, gate = replace(TINY, variant="mlp"), ModelGate("float32")
+    (case,) = cases_of(["projector"], shape=shape)
+    results = {}
+    for name in ("sp_reference", "sp_fast"):
+        results[name] = ModelJob(name, shape, torch.float32, "cpu", 0, tmp_path).build()._sampled(case, 0)
+        assert results[name].keys() == {"patch_tokens", "logits"}
+    gate.expect(case, results["sp_reference"])
+    for name, found in results.items():
+        assert gate._judge(name, case, {**found, "greedy": torch.zeros(1, 4)}).withheld is None
+    wrong = {**results["sp_fast"], "patch_tokens": -results["sp_fast"]["patch_tokens"], "greedy": torch.zeros(1, 4)}
+    assert "patch_tokens has an error of 2" in gate._judge("sp_fast", case, wrong).withheld
 
 
 def test_stages_compute_what_generate_does(tmp_path):

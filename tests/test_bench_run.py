@@ -7,6 +7,7 @@ import pytest
 
 from sp_fast import SPProjector
 from sp_fast.bench import budget, pool, run
+from sp_fast.bench.cases import STAGES
 from sp_fast.bench.execute import blank_record
 from sp_fast.bench.pool import heats_of
 from sp_fast.bench.run import Bench, Plan, Progress
@@ -25,6 +26,14 @@ def test_implementations_take_turns(monkeypatch):
     assert all(r.runs == 3 for r in records)
     questions = [question for name, question in asked if name == "fast"]
     assert questions == ["build", "results", "memory", "capture", "time", "time", "time", "energy"]
+
+
+def test_without_spatial_tokens_the_patch_tokens_are_judged():
+    cases = cases_of("mlp", STAGES, ["both"])
+    assert {case.stage for case in cases} == {"whole", "mlp"}
+    records, *_ = measure(cases, ["fast", "reference"], turns=0)
+    assert len(records) == 4
+    assert all(r.withheld is None and r.error is not None for r in records)
 
 
 def test_heats_follow_memory(monkeypatch):

@@ -96,6 +96,28 @@ def test_custom_forms_load_into_their_configuration():
         SPProjector.from_official(source.official_state_dict())
 
 
+def test_llava_1_5s_own_projector_is_for_its_configuration_alone(tmp_path):
+    """What may be a LLaVA-SP projector that lost its spatial weights is never taken for one without."""
+    config = SPProjectorConfig.variant("mlp", vision_width=16, text_width=24)
+    mlp = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.GELU(), torch.nn.Linear(24, 24)).half()
+    state = {f"model.mm_projector.{name}": tensor for name, tensor in randomised(mlp).state_dict().items()}
+    torch.save(state, tmp_path / "mm_projector.bin")
+    projector = SPProjector(config, dtype=torch.float16)
+    projector.load_official(tmp_path / "mm_projector.bin")
+    assert equal(projector.official_state_dict(), state)
+    projector.save_pretrained(tmp_path / "own")
+    again = SPProjector.from_pretrained(tmp_path / "own")
+    assert again.config == config
+    assert equal(again.state_dict(), projector.state_dict())
+    with pytest.raises(CheckpointError, match=r"spatial weights are gone.*variant\('mlp'\)"):
+        SPProjector.from_official(tmp_path / "mm_projector.bin")
+    with pytest.raises(CheckpointError, match=r"missing conv_12\.weight"):
+        SPProjector(small("crop")).load_official(tmp_path / "mm_projector.bin")
+    with pytest.raises(CheckpointError, match=r"unexpected conv_12\.weight"):
+        projector.load_official(checkpoint("conv336"))
+    assert equal(projector.official_state_dict(), state)
+
+
 def test_options():
     state = checkpoint("conv336_cropping_sfe_dfi")
     assert SPProjector.from_official(state).config.grid == 24

@@ -46,6 +46,13 @@ def test_default_is_the_published_cropping_model():
     assert SPProjectorConfig().detail_sides == (5,)
 
 
+def test_without_an_extractor_there_are_patch_tokens_alone():
+    config = SPProjectorConfig(extractor="none")
+    assert config == SPProjectorConfig.variant("mlp", kernel_sizes=[], detail_kernel=None)
+    assert (config.levels, config.kernel_sizes, config.detail_kernel, config.attends) == ((), (), None, False)
+    assert (config.spatial_tokens, config.patch_tokens, config.fused_width) == (0, 576, 0)
+
+
 def test_lists_become_tuples_and_one_detail_a_number():
     config = SPProjectorConfig(kernel_sizes=[4, 8], detail_kernel=[6])
     assert config.kernel_sizes == (4, 8)
@@ -76,7 +83,10 @@ WRONG = {
     "kernel too large": ({"kernel_sizes": (4, 28)}, "does not fit the 24x24 grid.*set grid="),
     "pool too large": ({"pyramid": "pool", "kernel_sizes": (4, 20), "map_size": 16}, "larger than the 16x16 map"),
     "map too large": ({"map_size": 25}, "map of side 25 does not fit"),
-    "nothing": ({"kernel_sizes": (), "detail_kernel": None}, "gives no spatial tokens"),
+    "nothing": ({"kernel_sizes": (), "detail_kernel": None}, "gives no spatial tokens: .*extractor='none'"),
+    "none with levels": ({"extractor": "none", "kernel_sizes": (4, 8)}, "kernel_sizes=\\(4, 8\\) is for: leave kernel_sizes out"),
+    "none with details": ({"extractor": "none", "detail_kernel": 12}, "detail_kernel=12 is for: leave detail_kernel out"),
+    "none with windows": ({"extractor": "none", "pyramid": "sliding"}, "pyramid='sliding' is for: leave pyramid out"),
     "detail too large": ({"detail_kernel": 25}, "detail_kernel=25 does not fit"),
     "detail beyond crop": ({"kernel_sizes": (4, 8), "detail_kernel": 12}, "detail_kernel=12 does not fit the map of side 8"),
     "two token maps": ({"kernel_sizes": (), "detail_kernel": (4, 5)}, "one detail map, not from 2"),

@@ -198,6 +198,9 @@ def test_models_that_cannot_be_exported(tmp_path):
     model.save_pretrained(tmp_path / "odd")
     with pytest.raises(CheckpointError, match="no official variant has these tensors"):
         export(tmp_path, "odd")
+    tiny.model_of(projector="mlp").save_pretrained(tmp_path / "mlp")
+    with pytest.raises(CheckpointError, match="has no projector without spatial tokens: such a model stays"):
+        export(tmp_path, "mlp")
     official.full(tmp_path / "source")
     official.tower_folder(tmp_path / "tower")
     plan(tmp_path).write(False)

@@ -109,7 +109,7 @@ DAMAGED = {
     "integers": (replaced("model.conv_4.weight", lambda t: t.int()), "conv_4.weight is not of a floating-point type"),
     "mixed": (replaced("model.conv_4.weight", lambda t: t.half()), r"mixes torch.float16, torch.float32: choose .*dtype="),
     "no projector": (lambda s: rest_of_model(), "no mm_projector tensors"),
-    "LLaVA-1.5": (lambda s: {k: v for k, v in s.items() if "mm_projector" in k}, "spatial weights are gone"),
+    "LLaVA-1.5": (lambda s: {k: v for k, v in s.items() if "mm_projector" in k}, r"spatial weights are gone.*variant\('mlp'\)"),
     "nothing": (lambda s: {}, "no mm_projector tensors"),
     "conv_block": (lambda s: s | {"model.conv_4.0.weight": torch.zeros(1)}, "conv_block.*BatchNorm"),
     "conv_block's statistics": (lambda s: s | {"model.conv_4.1.running_mean": torch.zeros(1)}, "conv_block.*BatchNorm"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sp_fast import ReferenceSPProjector, SPProjectorConfig
 from sp_fast.errors import ConfigError, ImageError
@@ -104,6 +104,38 @@ def test_fast_against_reference_projector(tower):
     with torch.no_grad():
         torch.testing.assert_close(fast, model(**inputs).logits)
     assert tokens.equal(model.generate(**inputs, max_new_tokens=32, do_sample=False))
+
+
+@pytest.mark.parametrize("tower", tiny.TOWERS)
+def test_without_spatial_tokens_it_is_transformers_llava(tower, tmp_path):
+    """The same weights, logits and answers: what spatial tokens are held against is LLaVA-1.5 itself."""
+    model = tiny.model_of(tower=tower, projector="mlp")
+    unknown, config = 3, model.config  # a token of the vocabulary, which transformers' own needs for an image
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=config.vision_config.to_dict(), text_config=config.text_config.to_dict(),
+            image_token_index=unknown, image_seq_length=config.image_seq_length,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
+    ).eval()  # fmt: skip
+    layers = {"patch_mlp.0": "linear_1", "patch_mlp.2": "linear_2"}
+    state = model.state_dict()
+    for ours, theirs in layers.items():
+        state = {name.replace(ours, theirs): tensor for name, tensor in state.items()}
+    llava.load_state_dict(state)
+    inputs = tiny.inputs_of(model, ["<image>\nwhat?", "two: <image> <image>"], [tiny.image(i) for i in range(3)])
+    ids = inputs["input_ids"]
+    theirs = {**inputs, "input_ids": ids.masked_fill(ids == tiny.VOCABULARY, unknown)}
+    assert (ids == tiny.VOCABULARY).sum(1).tolist() == [64, 128]
+    model.save_pretrained(tmp_path)
+    again = LlavaSpForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = llava(**theirs).logits
+        torch.testing.assert_close(model(**inputs).logits, expected)
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    new = slice(None), slice(ids.shape[1], None)
+    assert model.generate(**inputs, **settings)[new].equal(llava.generate(**theirs, **settings)[new])
 
 
 @pytest.mark.parametrize("tower", tiny.TOWERS)
@@ -267,7 +299,7 @@ def test_a_tower_without_whole_square_patches(sizes):
 
 def test_official_variants_by_name():
     vision, text = CLIPVisionConfig(**CLIP_L_336).to_dict(), LlamaConfig(hidden_size=64).to_dict()
-    for name in ("conv336_adptive_pooling_fuse_49", "tfm336", "sliding-dfi"):
+    for name in ("conv336_adptive_pooling_fuse_49", "tfm336", "sliding-dfi", "mlp"):
         config = LlavaSpConfig(vision_config=vision, text_config=text, projector_config=name)
         width = 1024 if name == "tfm336" else 512
         assert config.projector == SPProjectorConfig.variant(name, spatial_width=width, text_width=64)

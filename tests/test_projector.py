@@ -73,11 +73,11 @@ def test_accuracy_rule(variant, dtype):
         assert comparison.passed, comparison
 
 
-@pytest.mark.parametrize("variant", ["crop-dfi", "pool-dfi", "sliding", "conv336_crop_multifuse_q"])
+@pytest.mark.parametrize("variant", ["crop-dfi", "pool-dfi", "sliding", "conv336_crop_multifuse_q", "mlp"])
 def test_gradcheck(variant):
     widths = {"vision_width": 2, "spatial_width": 2, "text_width": 3}
-    sizes = {} if variant == "sliding" else {"kernel_sizes": (1, 3, 4), "map_size": 4}
-    detail = {"crop-dfi": 2, "pool-dfi": 2, "sliding": None}.get(variant, (1, 2, 3))
+    sizes = {} if variant in ("sliding", "mlp") else {"kernel_sizes": (1, 3, 4), "map_size": 4}
+    detail = {"crop-dfi": 2, "pool-dfi": 2, "sliding": None, "mlp": None}.get(variant, (1, 2, 3))
     windows = {"sliding_windows": (2, 1)} if variant == "sliding" else {}
     projector = build(variant, torch.float64, grid=4, detail_kernel=detail, **widths, **sizes, **windows)
     x = features_for(projector.config, 1, torch.float64).requires_grad_()
@@ -170,8 +170,24 @@ def test_return_attention():
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 6))
     _, several = build("conv336_crop_multifuse_q")(x, return_attention=True)
     assert [a.shape[-1] for a in several] == [49, 64, 100]
-    with pytest.raises(ValueError, match="needs a detail integrator"):
-        build("crop")(x, return_attention=True)
+    for variant in ("crop", "mlp"):
+        with pytest.raises(ValueError, match="needs a detail integrator"):
+            build(variant)(x, return_attention=True)
+
+
+def test_without_spatial_tokens_it_is_the_patch_mlp_alone():
+    """LLaVA-1.5's mlp2x_gelu, bit for bit, and as large."""
+    projector = build("mlp")
+    x = features_for(projector.config).requires_grad_()
+    found = projector.intermediates(x)
+    assert torch.equal(found.tokens, projector.patch_mlp(x))
+    assert (found.z_small.shape, found.z_big, found.attention) == ((2, 0, 8), (), ())
+    torch.testing.assert_close(found, reference_of(projector).intermediates(x))
+    assert {name.split(".")[0] for name, _ in projector.named_parameters()} == {"patch_mlp"}
+    with pytest.raises(ValueError, match="no spatial tokens to integrate"):
+        projector.integrate(found.z_small)
+    published = SPProjector(SPProjectorConfig.variant("mlp"), device="meta")
+    assert sum(p.numel() for p in published.parameters()) == 20_979_712
 
 
 def test_features_without_cls_need_no_copy():
@@ -180,9 +196,10 @@ def test_features_without_cls_need_no_copy():
     torch.testing.assert_close(projector(hidden[:, 1:]), projector(hidden[:, 1:].contiguous()))
 
 
+@pytest.mark.parametrize("variant", ["crop-dfi", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    projector = build()
+def test_autocast(variant, dtype):
+    projector = build(variant)
     x = features_for(projector.config)
     with torch.autocast("cpu", dtype=dtype):
         tokens = projector(x)
@@ -267,7 +284,7 @@ def test_wrong_features_are_named(case):
 
 
 def test_wrong_dtype_is_named():
-    for variant in ("crop-dfi", "pool", "tfm336"):
+    for variant in ("crop-dfi", "pool", "tfm336", "mlp"):
         for dtype in (torch.bfloat16, torch.int64):
             with pytest.raises(ValueError, match=rf"features are {dtype} but the weights torch\.float32"):
                 build(variant)(torch.zeros(1, 576, 16, dtype=dtype))

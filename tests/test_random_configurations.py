@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sp_fast import SPProjector, SPProjectorConfig
-from sp_fast.config import EXTRACTORS, FUSIONS, NAN_PLACES, PYRAMIDS
+from sp_fast.config import FUSIONS, NAN_PLACES, PYRAMIDS
 from tests.helpers import features_for, official_gradients, randomised, reference_of
 
 EXACT = 1e-9  # relative to the tensor, in Frobenius norm; float64 keeps to 1e-13
@@ -23,7 +23,7 @@ def some(rng, values, fewest, most):
 
 def random_config(rng, grid=9, width=9):
     """Any configuration on up to ``grid`` x ``grid`` patches with up to ``width`` channels; each draw is valid."""
-    transformer = rng.choices(EXTRACTORS, (9, 1))[0] == "transformer"
+    transformer = rng.choices(("full", "transformer"), (9, 1))[0] == "transformer"
     side = rng.randint(1, grid)
     pyramid = rng.choice(("crop", "pool") if transformer else PYRAMIDS)
     fields = {

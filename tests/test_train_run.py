@@ -1,5 +1,6 @@
 """Both stages on tiny models, from folders to an answer; what is trained and what is not; a run that goes on."""
 
+import itertools
 import json
 import math
 
@@ -110,6 +111,23 @@ def test_the_official_file_of_the_first_stage_is_taken_whole(two_stages, tmp_pat
     )
     found = parts.make_projector(0).state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in projector.state_dict().items())
+
+
+def test_a_model_without_spatial_tokens_trains_on_the_same_path(tmp_path):
+    tiny_training.parts(tmp_path)
+    tiny_training.captions(tmp_path / "data", 8)
+    first = recipe("pretrain", tmp_path, projector="mlp")
+    train("pretrain", first, quiet)
+    tiny_training.data(tmp_path / "data", 8, text_only=(1, 2, 3, 4))
+    second = recipe("finetune", tmp_path, projector=str(tmp_path / "pretrain" / "projector"))
+    train("finetune", second, quiet)
+    begun = read_parts(first).make_projector(first.seed)
+    assert begun.config.spatial_tokens == 0
+    stages = [begun.state_dict(), *(tensors_of(tmp_path / stage / "projector") for stage in ("pretrain", "finetune"))]
+    for before, after in itertools.pairwise(stages):
+        assert before.keys() == after.keys()
+        assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert SPProjector.from_pretrained(tmp_path / "finetune" / "projector").config == begun.config
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sp_fast import SPProjector, SPProjectorConfig
@@ -68,6 +68,13 @@ def test_json_has_the_promised_fields(tiny):
     assert report["memory"]["reference_mib"] > 50 < report["memory"]["fast_mib"]
     assert report["environment"]["torch"] == torch.__version__
     assert report["parameters"] == sum(p.numel() for p in SPProjector(SPProjectorConfig(**TINY)).parameters())
+
+
+def test_without_spatial_tokens_the_patch_tokens_are_judged(tmp_path):
+    case = Case("mlp", small("mlp"), "whole", "forward", 1, "float32")
+    for name in ("fast", "reference"):
+        worker = LocalWorker(name, 1).build(ProjectorJob(name, case.config, torch.float32, "cpu", 0, tmp_path))
+        assert load_file(worker.ask("intermediates", case)).keys() == {"patch_tokens"}
 
 
 @pytest.mark.usefixtures("here")

@@ -31,7 +31,9 @@ class Recipe:
     language_model: Annotated[Path | None, "Folder of the language model."] = None
     vision_tower: Annotated[Path | None, "Folder of the CLIP or SigLIP vision tower."] = None
     projector: Annotated[
-        str | None, "A variant's name, to begin at random; or a trained projector's folder or file. Default: crop-dfi."
+        str | None,
+        "A variant's name, to begin at random (mlp: no spatial tokens); or a trained projector's folder or file. "
+        "Default: crop-dfi.",
     ] = None
     tokenizer: Annotated[Path | None, "Folder of the tokenizer, where it is not the language model's."] = None
     image_folder: Annotated[Path | None, "Where the data's images are, and stay. Default: beside the data."] = None

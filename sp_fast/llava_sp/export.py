@@ -133,6 +133,11 @@ def _our_config(source: Path) -> LlavaSpConfig:
 
 def _variant(where: str, config: LlavaSpConfig, projector: Mapping[str, StoredTensor]) -> str:
     """The official name of the projector. Raises CheckpointError where the official code has no such form."""
+    if not config.projector.spatial_tokens:
+        raise CheckpointError(
+            f"{where}: the official LLaVA-SP code has no projector without spatial tokens: such a model stays in this "
+            "package's form; its projector alone goes to LLaVA-1.5's with official_state_dict()"
+        )
     shapes = {key: tensor.shape for key, tensor in projector.items()}
     pyramid = config.projector.pyramid if config.projector.extractor == "transformer" else None
     name, found = recognise(where, shapes, config.projector.grid, pyramid)
