@@ -1,6 +1,7 @@
 """The spatial task: what it shows, asks and answers, found again in the pixels."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -34,7 +35,7 @@ def seen(folder):
 
 def test_every_answer_is_in_the_pixels(folder, seen):
     rows = read(folder, "held_out")
-    assert Counter(row["type"] for row in rows) == dict.fromkeys(TYPES, 300)
+    assert Counter(row["type"] for row in rows) == dict.fromkeys(TYPES, 300) | {"presence": 600}
     for row, (image, text, said) in zip(rows, questions(rows), strict=True):
         things, size = seen[image]
         assert said == row["answer"]
@@ -45,6 +46,22 @@ def test_every_answer_is_in_the_pixels(folder, seen):
             assert iou(np.array(edges), np.array(found) / size) > 0.6
         else:
             assert found == said, row["id"]
+
+
+def test_presence_is_asked_in_pairs(folder):
+    """One is there and one is not; neither number, place nor name in the file tells which."""
+    pairs = defaultdict(list)
+    for row in read(folder, "held_out"):
+        if row["type"] == "presence":
+            pairs[row["image"]].append(row)
+    assert len(pairs) == 300
+    for number, pair in enumerate(pairs.values()):
+        assert [row["id"] for row in pair] == [f"held_out-{number:06}-presence-{i}" for i in (1, 2)]
+        assert {row["answer"] for row in pair} == {"yes", "no"}
+    first = [pair[0]["answer"] for pair in pairs.values()]
+    assert abs(first.count("yes") - 150) < 4 * (300 / 4) ** 0.5
+    alike = sum(a == b for a, b in itertools.pairwise(first))
+    assert abs(alike - 150) < 4 * (300 / 4) ** 0.5  # in no fixed turn
 
 
 def test_rows_of_training_have_each_type_once_in_any_order(folder, seen):
@@ -82,15 +99,16 @@ def test_captions_name_everything_in_reading_order(folder, seen):
 
 
 def test_no_question_tells_anothers_answer(folder, seen):
-    by_image = defaultdict(dict)
+    by_image = defaultdict(list)
     for row, (image, text, _) in zip(rows := read(folder, "held_out"), questions(rows), strict=True):
-        by_image[image][row["type"]] = text
+        by_image[image].append((row["type"], text))
     for image, asked in by_image.items():
-        named = [kind for name, text in asked.items() for kind in task_checker.KIND.findall(text) if name != "count"]
-        assert len(named) == len(set(named)) == 5
-        colour, shape = task_checker.counted(asked["count"])
+        named = [kind for name, text in asked for kind in task_checker.KIND.findall(text) if name != "count"]
+        assert len(named) == len(set(named)) == 6
+        texts = dict(asked)
+        colour, shape = task_checker.counted(texts["count"])
         assert not any(colour in (None, kind[0]) and shape in (None, kind[1]) for kind in named)
-        alone = task_checker.alone(asked["colour"], *seen[image])
+        alone = task_checker.alone(texts["colour"], *seen[image])
         assert (alone.colour, alone.shape) not in named
 
 
@@ -101,8 +119,13 @@ def test_answers_are_balanced(folder):
         found = described["types"][kind]
         assert set(found["answers"]) == set(answers)
         assert max(found["answers"].values()) - min(found["answers"].values()) <= 1
-        assert found["chance"]["uniform"] == 1 / len(answers)
-        assert found["chance"]["constant"] == -(-300 // len(answers)) / 300
+        assert found["held_out"] == 300
+        assert sum(found["answers"].values()) == 300 * found["together"]
+        if kind != "presence":
+            assert found["together"] == 1
+            assert found["chance"] == pytest.approx(
+                {"uniform": 1 / len(answers), "constant": -(-300 // len(answers)) / 300}
+            )
         of_many = Counter(one[kind] for one in wanted)
         assert max(of_many.values()) <= 2000 / len(answers) + 1
         assert min(of_many.values()) >= 2000 / len(answers) - 1
@@ -110,6 +133,8 @@ def test_answers_are_balanced(folder):
             tuple(one[kind] for one in wanted[start : start + len(answers)]) for start in range(0, 180, len(answers))
         }
         assert len(turns) > 1  # the order that is shuffled is another in each
+    assert described["types"]["presence"]["together"] == 2
+    assert described["types"]["presence"]["chance"] == {"uniform": 0.25, "constant": 0}
     assert described["types"]["box"]["answers"] is None
     assert described["types"]["box"]["chance"]["uniform"] is None
     assert 0 < described["types"]["box"]["chance"]["constant"] < 0.05
@@ -174,19 +199,16 @@ def test_small_things_are_many(seen):
     assert 0.3 < (extents <= 9).mean() < 0.5
 
 
-def test_the_total_of_things_tells_neither_count_nor_presence(folder, seen):
-    """Of the others, there are as many whatever the answers."""
-    others = {kind: defaultdict(list) for kind in ("count", "presence")}
-    rows = read(folder, "held_out")
-    counts = {row["image"]: int(row["answer"]) for row in rows if row["type"] == "count"}
-    for row in rows:
-        if row["type"] in others:
-            others[row["type"]][row["answer"]].append(len(seen[row["image"]][0]) - counts[row["image"]])
-    for groups in others.values():
-        everything = np.concatenate(list(groups.values()))
-        assert set(everything) == set(range(everything.min(), everything.min() + 5))
-        for group in groups.values():
-            assert abs(np.mean(group) - everything.mean()) < 4 * everything.std() / len(group) ** 0.5
+def test_the_total_of_things_does_not_tell_the_count(folder, seen):
+    """Of the others, there are as many whatever is counted. (Presence has both answers in the same image.)"""
+    others = defaultdict(list)
+    for row in read(folder, "held_out"):
+        if row["type"] == "count":
+            others[row["answer"]].append(len(seen[row["image"]][0]) - int(row["answer"]))
+    everything = np.concatenate(list(others.values()))
+    assert set(everything) == set(range(everything.min(), everything.min() + 5))
+    for group in others.values():
+        assert abs(np.mean(group) - everything.mean()) < 4 * everything.std() / len(group) ** 0.5
 
 
 def test_the_vocabulary_is_what_is_said(folder):
@@ -207,7 +229,7 @@ def test_a_seed_and_a_split_mean_something_of_their_own():
     assert len({tuple(q.text + q.answer for one in some for q in one.questions) for some in drawn}) == 6
     said = [(one.text, one.answer) for i in range(20) for one in make_sample(0, "train", i, 96).questions]
     # Python's generator is the same in every version. Another digest is another task: count its format up.
-    assert hashlib.sha256(repr(said).encode()).hexdigest()[:16] == "1c543b829b61b47f"
+    assert hashlib.sha256(repr(said).encode()).hexdigest()[:16] == "3f333c130ace433f"
 
 
 def test_splits_share_no_stream_of_chance():

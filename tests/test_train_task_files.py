@@ -53,7 +53,7 @@ def test_another_seed_is_another_task(small, tmp_path):
 
 def test_a_longer_task_begins_like_a_shorter_one(small, tmp_path):
     make_task(Task(seed=5, train=1, held_out=1, captions=2), tmp_path / "out")
-    for split, rows in (("train", 1), ("held_out", 6), ("captions", 2)):
+    for split, rows in (("train", 1), ("held_out", 7), ("captions", 2)):
         assert read(tmp_path / "out", split) == read(small, split)[:rows]
     name = "images/held_out/000000.png"
     assert (tmp_path / "out" / name).read_bytes() == (small / name).read_bytes()
@@ -76,7 +76,7 @@ def test_training_can_read_it(split, template, small):
     report = check_data(Examples([small / f"{split}.json"], small, encoder, "skip"))
     assert report.bad == ()
     assert report.truncated == 0
-    assert report.good == report.images == (14 * 6 if split == "held_out" else 14)
+    assert report.good == report.images == (14 * 7 if split == "held_out" else 14)
 
 
 def test_nothing_is_overwritten(small, tmp_path):
@@ -157,7 +157,7 @@ def test_the_command(tmp_path):
     assert "is there already" in out.stderr
     out = CliRunner().invoke(app, [*words[:-1], f"--out={tmp_path / 'b'}"], terminal_width=100)
     assert out.exit_code == 0
-    assert all(name in out.stdout for name in (*TYPES, "50.0%", "11.1%"))
+    assert all(name in out.stdout for name in (*TYPES, "25.0%", "11.1%", "2 x 2", "0-1"))
     out = CliRunner().invoke(app, [*words[:-1], f"--out={tmp_path / 'c'}", "--workers=-1"])
     assert out.exit_code == 1
     assert "workers=-1 must be 0 or more" in out.stderr
@@ -173,10 +173,15 @@ def test_the_contact_sheet(small, tmp_path):
     assert (tmp_path / "a.svg").read_text().count("<image ") == 3
     axis = Figure().subplots()
     row = next(row for row in read(small, "held_out") if row["type"] == "box")
-    _draw(axis, small, row)
+    _draw(axis, small, [row])
     things, size = task_checker.regions(small / row["image"])
     edges = np.array(task_checker.box(row["conversations"][0]["value"], things, size))
     assert abs(axis.patches[0].get_bbox().extents - (edges - 0.5)).max() < size / 200  # written in hundredths
+    pair = [row for row in read(small, "held_out") if row["type"] == "presence"][:2]
+    _draw(axis, small, pair)
+    said = axis.get_title().replace("\n", " ")
+    for row in pair:
+        assert f"{row['conversations'][0]['value'].removeprefix('<image>')[1:]} {row['answer']}" in said
     with pytest.raises(DataError, match="cannot be drawn to .* give a folder that make-task has made"):
         draw_sheet(tmp_path, tmp_path / "c.svg")
     assert not (tmp_path / "c.svg").exists()

@@ -42,7 +42,9 @@ def test_scores_of_what_is_no_question():
     with pytest.raises(DataError, match="'size' is no type of question: it can be position, relation"):
         score("size", "1", "1")
     with pytest.raises(DataError, match="'size' is no type"):
-        chance("size", ["1"])
+        chance("size", [["1"]])
+    with pytest.raises(DataError, match="'size' is no type"):
+        summary([Said("size", "a", "1", "1")])
     with pytest.raises(DataError, match="the expected box 'left' is none"):
         score("box", "left", "[0, 0, 1, 1]")
     for edges in ("[0.3, 0.1, 0.1, 0.4]", "[0.1, 0.4, 0.3, 0.2]"):
@@ -52,21 +54,34 @@ def test_scores_of_what_is_no_question():
 
 def test_a_summary_by_hand():
     rows = [
-        Said("presence", "yes", "yes"),
-        Said("presence", "yes", "no"),
-        Said("presence", "no", "no"),
-        Said("presence", "yes", "Yes."),
-        Said("box", "[0.10, 0.10, 0.20, 0.20]", "[0.10, 0.10, 0.20, 0.20]"),
-        Said("box", "[0.11, 0.10, 0.21, 0.20]", "nothing"),
-        Said("box", "[0.70, 0.70, 0.90, 0.90]", "[0.1, 0.1, 0.2, 0.2]"),
-        Said("position", "top", "top"),
+        Said("relation", "a", "left", "left"),
+        Said("relation", "b", "left", "above"),
+        Said("relation", "c", "below", "below"),
+        Said("relation", "d", "left", "Left."),
+        Said("box", "a", "[0.10, 0.10, 0.20, 0.20]", "[0.10, 0.10, 0.20, 0.20]"),
+        Said("box", "b", "[0.11, 0.10, 0.21, 0.20]", "nothing"),
+        Said("box", "c", "[0.70, 0.70, 0.90, 0.90]", "[0.1, 0.1, 0.2, 0.2]"),
+        Said("position", "a", "top", "top"),
     ]
     found = summary(iter(rows))
-    assert list(found) == ["position", "presence", "box"]
-    assert found["presence"] == (0.75, (0.5, 0.75), 4)
+    assert list(found) == ["position", "relation", "box"]
+    assert found["relation"] == (0.75, (0.25, 0.75), 4)
     assert found["position"] == (1.0, (1 / 9, 1.0), 1)
     assert found["box"] == (pytest.approx(1 / 3), (None, pytest.approx(2 / 3)), 3)
     assert summary([]) == {}
+
+
+def test_a_pair_counts_as_one_and_only_where_both_are_right():
+    pairs = {"a": ("yes", "no"), "b": ("yes", "yes"), "c": ("no", "no"), "d": ("no", "yes")}
+    rows = [Said("presence", image, "yes", first) for image, (first, _) in pairs.items()]
+    rows += [Said("presence", image, "no", second) for image, (_, second) in pairs.items()]
+    assert summary(rows) == {"presence": (0.25, (0.25, 0.0), 4)}
+    rows.append(Said("presence", "e", "Yes", "yes"))  # alone
+    assert summary(rows) == {"presence": (0.4, (pytest.approx(0.3), 0.2), 5)}
+    rows.append(Said("presence", "e", "yes", "no"))
+    assert summary(rows) == {"presence": (0.2, (0.25, 0.2), 5)}
+    with pytest.raises(DataError, match="are of one image: ask for one box of each"):
+        chance("box", [["[0, 0, 1, 1]"], ["[0, 0, 1, 1]", "[0, 0, 0.5, 1]"]])
 
 
 def test_the_best_constant_box_is_that_of_a_slow_search():
@@ -82,5 +97,5 @@ def test_the_best_constant_box_is_that_of_a_slow_search():
                 area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
                 best = max(best, np.mean(wide * high / (area + extent**2 - wide * high) >= 0.5))
     texts = [f"[{', '.join(f'{edge:.2f}' for edge in box)}]" for box in boxes]
-    assert chance("box", texts) == (None, pytest.approx(best))
+    assert chance("box", [[text] for text in texts]) == (None, pytest.approx(best))
     assert best > 3 / 60

@@ -19,12 +19,12 @@ from typing import Any
 from sp_fast.errors import DataError
 from sp_fast.llava_sp.new_folder import new_folder
 from sp_fast.training.task.sample import CAPTIONS, HELD_OUT, SPLITS, TRAIN, Question, image_name, write_sample
-from sp_fast.training.task.scoring import chance
+from sp_fast.training.task.scoring import Said, summary
 from sp_fast.training.task.sheet import draw_sheet
 from sp_fast.training.task.words import ANSWERS, TYPES, vocabulary
 from sp_fast.version import __version__
 
-_FORMAT = 1  # of what a seed means: another one draws other images
+_FORMAT = 2  # of what a seed means: another one draws other images
 _SIZES = (64, 1024)
 _TOGETHER = 32  # images that a process is given at a time
 
@@ -65,8 +65,9 @@ def make_task(task: Task, out: Path, workers: int = 0, progress: Progress | None
 
     ``images/<split>/000000.png``; ``captions.json`` (the first stage's), ``train.json`` (the second's: a row an image,
     a question of each type in any order); ``held_out.json`` (a row a question, with its ``type`` and ``answer`` for
-    ``scoring.score``); ``samples.png``. No image is in two splits. Paths in the data begin at ``out``. With the same
-    versions of numpy and Pillow the files are the same, bit for bit, for any ``workers``.
+    ``scoring.summary``; presence is asked in pairs); ``samples.png``. No image is in two splits. Paths in the data
+    begin at ``out``. With the same versions of numpy and Pillow the files are the same, bit for bit, for any
+    ``workers``.
 
     Args:
         workers: processes that draw; 0: this one.
@@ -121,11 +122,14 @@ def _row_of_image(split: str, index: int, questions: tuple[Question, ...]) -> li
 
 
 def _rows_of_questions(split: str, index: int, questions: tuple[Question, ...]) -> list[dict[str, Any]]:
-    """One by one, so that no other question helps."""
-    return [
-        _row(f"{split}-{index:06}-{one.type}", split, index, (one,)) | {"type": one.type, "answer": one.answer}
-        for one in questions
-    ]
+    """One by one, so that no other question helps. Those of one type are numbered, in an order of chance."""
+    rows = []
+    for one in questions:
+        alike = [other for other in questions if other.type == one.type]
+        number = f"-{alike.index(one) + 1}" if len(alike) > 1 else ""
+        row = _row(f"{split}-{index:06}-{one.type}{number}", split, index, (one,))
+        rows.append(row | {"type": one.type, "answer": one.answer})
+    return rows
 
 
 def _row(name: str, split: str, index: int, questions: tuple[Question, ...]) -> dict[str, Any]:
@@ -136,7 +140,8 @@ def _row(name: str, split: str, index: int, questions: tuple[Question, ...]) -> 
 
 
 def _describe(task: Task, held_out: list[dict[str, Any]]) -> dict[str, Any]:
-    answers = {kind: [row["answer"] for row in held_out if row["type"] == kind] for kind in TYPES}
+    answers = {kind: Counter(row["answer"] for row in held_out if row["type"] == kind) for kind in TYPES}
+    guessed = summary(Said(row["type"], row["image"], row["answer"], "") for row in held_out)
     return {
         "format": _FORMAT,
         "version": __version__,
@@ -144,9 +149,10 @@ def _describe(task: Task, held_out: list[dict[str, Any]]) -> dict[str, Any]:
         "types": {
             kind: {
                 TRAIN: task.train,
-                HELD_OUT: task.held_out,
-                "answers": dict(sorted(Counter(answers[kind]).items())) if kind in ANSWERS else None,
-                "chance": chance(kind, answers[kind])._asdict(),
+                HELD_OUT: guessed[kind].n,
+                "together": answers[kind].total() // guessed[kind].n,  # questions that count as one
+                "answers": {one: answers[kind][one] for one in sorted(ANSWERS[kind])} if kind in ANSWERS else None,
+                "chance": guessed[kind].chance._asdict(),
             }
             for kind in TYPES
         },
@@ -159,17 +165,24 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def print_task(described: dict[str, Any]) -> None:
-    """A table of types on stdout: questions, possible answers, and what guessing scores on the held-out ones."""
+    """A table of types on stdout: questions, possible answers and how often the held-out ones have each, and what
+    guessing scores on them."""
     from rich.console import Console
     from rich.table import Table
 
     title = f"{described[CAPTIONS]:,} captions, {len(described['vocabulary'])} words and marks; chance on held-out"
     table = Table(title=title, title_justify="left")
-    for column in ("type", "train", "held out", "answers", "uniform guess", "best constant"):
+    for column in ("type", "train", "held out", "answers", "of each", "uniform guess", "best constant"):
         table.add_column(column, justify="left" if column == "type" else "right")
     for kind, found in described["types"].items():
         uniform, constant = found["chance"].values()
-        answers = len(ANSWERS[kind]) if kind in ANSWERS else "-"
+        held_out = f"{found[HELD_OUT]:,}" + (f" x {found['together']}" if found["together"] > 1 else "")
+        answers, each = ("-", "-") if found["answers"] is None else (len(ANSWERS[kind]), _range(found["answers"]))
         shown = "-" if uniform is None else f"{uniform:.1%}"
-        table.add_row(kind, f"{found[TRAIN]:,}", f"{found[HELD_OUT]:,}", str(answers), shown, f"{constant:.1%}")
+        table.add_row(kind, f"{found[TRAIN]:,}", held_out, str(answers), each, shown, f"{constant:.1%}")
     Console().print(table)
+
+
+def _range(counts: dict[str, int]) -> str:
+    fewest, most = min(counts.values()), max(counts.values())
+    return f"{most:,}" if fewest == most else f"{fewest:,}-{most:,}"

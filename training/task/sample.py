@@ -14,7 +14,7 @@ from PIL import Image
 
 from sp_fast.training.task.drawing import draw
 from sp_fast.training.task.scene import Scene, compose, compose_caption, goals
-from sp_fast.training.task.words import BOX, CAPTION_REQUESTS, QUESTIONS, box_text, caption
+from sp_fast.training.task.words import BOX, CAPTION_REQUESTS, PRESENCE, QUESTIONS, box_text, caption
 
 TRAIN, HELD_OUT, CAPTIONS = SPLITS = ("train", "held_out", "captions")
 
@@ -37,7 +37,11 @@ class Sample:
 
 
 def make_sample(seed: int, split: str, index: int, size: int) -> Sample:
-    """Image number ``index`` of a split: one question of each type in any order, or a caption, in ``captions``."""
+    """Image number ``index`` of a split: a caption, in ``captions``, else a question of each type, in any order.
+
+    A held-out image has two about presence, one about a kind that is there and one about a kind that is not. In
+    ``train``, where questions share a conversation, one would tell the other's answer.
+    """
     rng = Random(f"{seed}/{split}/{index}")
     if split == CAPTIONS:
         found = compose_caption(rng, size)
@@ -48,7 +52,8 @@ def make_sample(seed: int, split: str, index: int, size: int) -> Sample:
         wanted = goals(seed, split, index)
         scene = compose(rng, wanted, size)
         things = scene.things
-        questions = _questions(rng, scene, wanted, size)
+        presence = tuple(PRESENCE.values()) if split == HELD_OUT else (wanted["presence"],)
+        questions = _questions(rng, scene, wanted, presence, size)
     pixels = draw(things, size, np.random.default_rng(rng.getrandbits(64)))
     return Sample(pixels, tuple(questions))
 
@@ -65,15 +70,17 @@ def image_name(split: str, index: int) -> str:
     return f"images/{split}/{index:06}.png"
 
 
-def _questions(rng: Random, scene: Scene, wanted: dict[str, str], size: int) -> list[Question]:
-    fields = {
-        "position": {"kind": scene.located.kind},
-        "relation": {"kind": scene.first.kind, "other": scene.second.kind},
-        "count": {"kinds": scene.counted.plural},
-        "colour": {"place": scene.coloured_at},
-        "presence": {"kind": scene.asked},
-        BOX: {"kind": scene.boxed.kind},
-    }
-    answers = wanted | {BOX: box_text(scene.boxed.box, size)}
-    asked = [Question(kind, rng.choice(QUESTIONS[kind]).format(**fields[kind]), answers[kind]) for kind in fields]
+def _questions(
+    rng: Random, scene: Scene, wanted: dict[str, str], presence: tuple[str, ...], size: int
+) -> list[Question]:
+    """Of each type one; of presence, one for each of these answers."""
+    fields = [
+        ("position", wanted["position"], {"kind": scene.located.kind}),
+        ("relation", wanted["relation"], {"kind": scene.first.kind, "other": scene.second.kind}),
+        ("count", wanted["count"], {"kinds": scene.counted.plural}),
+        ("colour", wanted["colour"], {"place": scene.coloured_at}),
+        *(("presence", said, {"kind": scene.asked[said]}) for said in presence),
+        (BOX, box_text(scene.boxed.box, size), {"kind": scene.boxed.kind}),
+    ]
+    asked = [Question(kind, rng.choice(QUESTIONS[kind]).format(**named), said) for kind, said, named in fields]
     return rng.sample(asked, len(asked))

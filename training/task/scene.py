@@ -1,11 +1,12 @@
 """Which things an image of the spatial task shows, and where, so that each question has the answer it should have.
 
-The answers are decided first, in turn, which balances them exactly. An image has one question of each type, about
-different things: no question's words tell another's answer. Whatever a question names is drawn independently of its
-answer, so that the words alone tell nothing:
+The answers are decided first, in turn, which balances them exactly. An image can be asked a question of each type,
+about different things: no question's words tell another's answer. Whatever a question names is drawn independently of
+its answer, so that the words alone tell nothing:
 
 - count: of a colour, a shape, or both, where others have one of the two;
-- presence: a kind whose colour and whose shape others have, be it there or not (POPE's adversarial negatives);
+- presence: two kinds are drawn alike, and one of them is put into the image. Others have the colour and the shape of
+  either (POPE's adversarial negatives);
 - position, relation, box: kinds that only one thing has;
 - colour: a third of the image in which only one thing has any pixel.
 """
@@ -57,7 +58,7 @@ class Scene:
     boxed: Thing
     coloured_at: str
     counted: Kind
-    asked: Kind
+    asked: dict[str, Kind]  # by the answer: one that is there, and one that is not
 
 
 class _Cast(NamedTuple):
@@ -66,7 +67,7 @@ class _Cast(NamedTuple):
     unique: tuple[Kind, ...]  # located, first, second, boxed
     coloured: Kind
     counted: Kind
-    asked: Kind
+    asked: dict[str, Kind]
     others: list[Kind]
 
 
@@ -75,7 +76,8 @@ class _Crowded(Exception):
 
 
 def goals(seed: int, split: str, index: int) -> dict[str, str]:
-    """By type, the answer that an image's question has; every run of as many images as answers has each once."""
+    """By type, the answer that an image's question has; every run of as many images as answers has each once. (Where
+    presence is asked twice, there is a question for either answer.)"""
     found = {}
     for kind, answers in ANSWERS.items():
         block, place = divmod(index, len(answers))
@@ -105,18 +107,19 @@ def compose_caption(rng: Random, size: int) -> list[tuple[Thing, str]]:
 
 def _cast(rng: Random, goals: Mapping[str, str]) -> _Cast:
     counted = rng.choice(rng.choice(_COUNTED))
-    asked = rng.choice([kind for kind in _KINDS if not counted.covers(kind)])
-    free = [kind for kind in _KINDS if not counted.covers(kind) and kind != asked]
+    there, absent = rng.sample([kind for kind in _KINDS if not counted.covers(kind)], 2)
+    asked = {PRESENCE[True]: there, PRESENCE[False]: absent}
+    free = [kind for kind in _KINDS if not counted.covers(kind) and kind not in (there, absent)]
     while True:
         unique = rng.sample(free, 4)
-        fits = [kind for kind in _KINDS if kind.colour == goals["colour"] and kind != asked and kind not in unique]
-        if fits and _resembled(asked, unique) and (None in counted or _resembled(counted, unique)):
+        fits = [k for k in _KINDS if k.colour == goals["colour"] and k not in (there, absent, *unique)]
+        to_resemble = [there, absent] if None in counted else [there, absent, counted]
+        if fits and all(_resembled(kind, unique) for kind in to_resemble):
             break
     coloured = rng.choice(fits)  # may be one of the counted: what is counted does not say what colour it has not
     to_count = [kind for kind in _KINDS if counted.covers(kind)]
     fillers = [kind for kind in free if kind not in unique]
-    there = goals["presence"] == PRESENCE[True]
-    others = [asked] if there else [rng.choice(fillers)]
+    others = [there]
     others += [rng.choice(to_count) for _ in range(int(goals["count"]) - counted.covers(coloured))]
     others += [rng.choice(fillers) for _ in range(rng.randint(0, _MOST_EXTRA))]
     return _Cast(tuple(unique), coloured, counted, asked, others)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +19,10 @@ _MARKS = ".,;:!?\"'()[]"
 
 
 class Said(NamedTuple):
-    """What was expected of a question of this type, and what a model said."""
+    """What was expected of a question of this type about an image (a name), and what a model said."""
 
     type: str
+    image: str
     expected: str
     said: str
 
@@ -34,7 +36,7 @@ class Chance(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """Of ``n`` questions: the share that was answered rightly, and what guessing would have had."""
+    """Of ``n`` questions, or pairs of them: the share that was answered rightly, and what guessing would have had."""
 
     accuracy: float
     chance: Chance
@@ -59,39 +61,48 @@ def score(type: str, expected: str, said: str) -> float:
     return float(found is not None and iou(read_box(expected), found) >= _IOU)
 
 
-def chance(type: str, expected: Sequence[str]) -> Chance:
-    """What guessing scores on these questions, at least one, of a type.
+def chance(type: str, expected: Sequence[Sequence[str]]) -> Chance:
+    """What guessing scores on questions of a type, which count as one where they stand together.
 
     The best constant box is searched among squares of the extents that are expected, in steps of 0.02 of the image: the
     task's boxes are squares.
 
+    Args:
+        expected: for each image, at least one, the answers to its questions; to one, for boxes.
+
     Raises:
-        DataError: as ``score``.
+        DataError: as ``score``, or two boxes of an image.
     """
     if type == BOX:
-        return Chance(None, _best_constant_box(np.array([read_box(text) for text in expected])))
+        if together := next((some for some in expected if len(some) != 1), None):
+            raise DataError(f"the boxes {', '.join(together)} are of one image: ask for one box of each")
+        return Chance(None, _best_constant_box(np.array([read_box(text) for (text,) in expected])))
     if type not in ANSWERS:
         raise DataError(f"{type!r} is no type of question: it can be {', '.join(TYPES)}")
-    ((_, most),) = Counter(map(_plain, expected)).most_common(1)
-    return Chance(1 / len(ANSWERS[type]), most / len(expected))
+    uniform = fmean(len(ANSWERS[type]) ** -len(some) for some in expected)
+    alike = Counter(answers.pop() for some in expected if len(answers := set(map(_plain, some))) == 1)
+    return Chance(uniform, max(alike.values(), default=0) / len(expected))
 
 
 def summary(rows: Iterable[Said]) -> dict[str, Accuracy]:
     """By type, in the order of ``words.TYPES``; a type that was not asked is left out.
 
+    Questions of a type about the same image count as one, which is right where all of them are.
+
     Raises:
-        DataError: as ``score``.
+        DataError: as ``score`` and ``chance``.
     """
-    scores: dict[str, list[float]] = {}
-    expected: dict[str, list[str]] = {}
+    by_image: dict[str, dict[str, list[tuple[str, float]]]] = {kind: {} for kind in TYPES}
     for row in rows:
-        scores.setdefault(row.type, []).append(score(*row))
-        expected.setdefault(row.type, []).append(row.expected)
-    return {
-        kind: Accuracy(sum(scores[kind]) / len(scores[kind]), chance(kind, expected[kind]), len(scores[kind]))
-        for kind in TYPES
-        if kind in scores
-    }
+        scored = row.expected, score(row.type, row.expected, row.said)
+        by_image[row.type].setdefault(row.image, []).append(scored)
+    return {kind: _accuracy(kind, list(images.values())) for kind, images in by_image.items() if images}
+
+
+def _accuracy(type: str, images: list[list[tuple[str, float]]]) -> Accuracy:
+    right = sum(all(scored for _, scored in image) for image in images)
+    expected = [[answer for answer, _ in image] for image in images]
+    return Accuracy(right / len(images), chance(type, expected), len(images))
 
 
 def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A contact sheet of the spatial task: images with a question and its answer each."""
+"""A contact sheet of the spatial task: images with a question (or a pair) and its answer each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def draw_sheet(folder: Path, path: Path, count: int = 12) -> None:
     """
     try:
         rows = json.loads((folder / "held_out.json").read_text(encoding="utf-8"))
-        asked = {(row["image"], row["type"]): row for row in rows}
+        asked: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in rows:
+            asked.setdefault((row["image"], row["type"]), []).append(row)
         images = list(dict.fromkeys(row["image"] for row in rows))[:count]
         chosen = [asked[image, TYPES[i % len(TYPES)]] for i, image in enumerate(images)]
         lines = -(-len(chosen) // _ACROSS)
@@ -38,8 +40,8 @@ def draw_sheet(folder: Path, path: Path, count: int = 12) -> None:
         axes = figure.subplots(lines, _ACROSS, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
-        for axis, row in zip(axes, chosen, strict=False):
-            _draw(axis, folder, row)
+        for axis, some in zip(axes, chosen, strict=False):
+            _draw(axis, folder, some)
         with matplotlib.rc_context({"svg.hashsalt": "sp_fast"}):  # the same task gives the same file
             figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (OSError, ValueError, KeyError) as error:
@@ -49,13 +51,16 @@ def draw_sheet(folder: Path, path: Path, count: int = 12) -> None:
         ) from error
 
 
-def _draw(axis: Axes, folder: Path, row: dict[str, Any]) -> None:
-    with Image.open(folder / row["image"]) as image:
+def _draw(axis: Axes, folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Questions of one type about one image."""
+    with Image.open(folder / rows[0]["image"]) as image:
         pixels = np.asarray(image)
     axis.imshow(pixels, interpolation="nearest")
-    if row["type"] == BOX:
-        # imshow's pixels lie around whole numbers
-        left, top, right, bottom = read_box(row["answer"]) * len(pixels) - 0.5
-        axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white"))
-    question = row["conversations"][0]["value"].removeprefix("<image>\n")
-    axis.set_title(f"{fill(question, _LETTERS)}\n{row['answer']}", y=0, va="top", pad=-4, fontsize=8)
+    said = []
+    for row in rows:
+        if row["type"] == BOX:
+            # imshow's pixels lie around whole numbers
+            left, top, right, bottom = read_box(row["answer"]) * len(pixels) - 0.5
+            axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white"))
+        said += [fill(row["conversations"][0]["value"].removeprefix("<image>\n"), _LETTERS), row["answer"]]
+    axis.set_title("\n".join(said), y=0, va="top", pad=-4, fontsize=8)
