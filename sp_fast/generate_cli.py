@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 
 LENGTH_STEP = 128  # prompts are compiled for lengths of whole steps
+AttnOption = Annotated[
+    str,
+    typer.Option(
+        help="Attention of the language model: auto, flash_attention_4, flash_attention_3, flash_attention_2, "
+        "sdpa or eager."
+    ),
+]
+DtypeOption = Annotated[str, typer.Option(help="auto (the files' own), float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
 
 
 def generate(
@@ -32,18 +41,12 @@ def generate(
         typer.Option(help='Instead: a file of JSON lines, {"prompt": ..., "image" or "images": ..., "id": ...}.'),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of the file that run together.")] = 8,
-    attn: Annotated[
-        str,
-        typer.Option(
-            help="Attention of the language model: auto, flash_attention_4, flash_attention_3, flash_attention_2, "
-            "sdpa or eager."
-        ),
-    ] = "auto",
+    attn: AttnOption = "auto",
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile first, which takes minutes and pays for many prompts.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="auto (the files' own), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
@@ -67,12 +70,8 @@ def generate(
 
             requests = _requests(prompt, image or [], batch)
             settings = Settings(max_new_tokens, temperature, batch_size, seed, chat=not raw)
-            loaded = _load(model, device, dtype, attn, compile_)
-        chosen, kind = loaded.attention, str(loaded.model.dtype).removeprefix("torch.")
-        console.print(
-            f"{loaded.model.device}, {kind} ({loaded.dtype_reason}), attention {chosen.name} ({chosen.reason})",
-            style="dim", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            loaded = load(model, device, dtype, attn, compile_)
+        console.print(choices(loaded), style="dim", highlight=False, soft_wrap=True)
         compilation = _compile(loaded, requests, settings, console) if compile_ else None
         _print_answers(loaded, requests, settings, as_json)
         if compilation is not None and compilation.recompilations:
@@ -93,7 +92,8 @@ def _requests(prompt: str | None, images: list[Path], batch: Path | None) -> lis
     return [Request(prompt, tuple(images))] if batch is None else read_requests(batch)
 
 
-def _load(model: Path, device: str, dtype: str, attention: str, compiled: bool) -> Loaded:
+def load(model: Path, device: str, dtype: str, attention: str, compiled: bool = False) -> Loaded:
+    """As ``loading.load_model``, without its progress bar; device "auto" is a GPU where there is one."""
     import torch
     from transformers.utils import logging
 
@@ -102,6 +102,12 @@ def _load(model: Path, device: str, dtype: str, attention: str, compiled: bool) 
     logging.disable_progress_bar()
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(model, device=where, dtype=dtype, attention=attention, compiled=compiled)
+
+
+def choices(loaded: Loaded) -> str:
+    """What was chosen for a model, and why, in a line."""
+    chosen, kind = loaded.attention, str(loaded.model.dtype).removeprefix("torch.")
+    return f"{loaded.model.device}, {kind} ({loaded.dtype_reason}), attention {chosen.name} ({chosen.reason})"
 
 
 def _compile(loaded: Loaded, requests: list[Request], settings: Settings, console: Console) -> Any:

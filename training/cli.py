@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sp_fast.training.command import JsonOption, execute, say
 from sp_fast.training.recipe import HELP
+from sp_fast.training.task_cli import make_task, score
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +29,6 @@ _ANY = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigOption = Annotated[
     str | None, typer.Option(help="Recipe, a YAML file or a shipped one's name. Default: the stage's published one.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 StageArgument = Annotated[str, typer.Argument(help="pretrain or finetune.")]
 
 
@@ -80,7 +81,7 @@ def estimate(
             print_estimate(found, free)
         return int(not fitting)
 
-    _run("estimate", command)
+    execute("estimate", command)
 
 
 @app.command("check-data", context_settings=_ANY, epilog=_SETTINGS)
@@ -117,7 +118,7 @@ def check_data(
             print("  ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in figures.items()))
         return int(bool(report.bad))
 
-    _run("check-data", command)
+    execute("check-data", command)
 
 
 @app.command()
@@ -146,46 +147,10 @@ def merge(
         if as_json:
             print(json.dumps(conversion.plan.to_dict()))
         else:
-            _say(console, f"written: {out}")
+            say(console, f"written: {out}")
         return 0
 
-    _run("merge", command)
-
-
-@app.command("make-task")
-def make_task(
-    out: Annotated[Path, typer.Option(help="The task's folder; it appears whole or not at all.")],
-    seed: Annotated[int, typer.Option(help="Of everything in it.")] = 0,
-    train: Annotated[int, typer.Option(help="Images with six questions each.")] = 8000,
-    held_out: Annotated[int, typer.Option(help="Images with six questions each, to be scored.")] = 1000,
-    captions: Annotated[int, typer.Option(help="Images with a caption, for the first stage.")] = 8000,
-    size: Annotated[int, typer.Option(help="Pixels of an image's side.")] = 96,
-    workers: Annotated[int, typer.Option(help="Processes that draw; 0: this one.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Make a small visual-spatial data set: coloured shapes, six types of question, chance known for each.
-
-    The same seed gives the same files. Exit code 0: done; 1: it could not be done; 130: interrupted. Nothing half-made
-    is left.
-    """
-
-    def command(console: Console) -> int:
-        from rich.progress import Progress
-
-        from sp_fast.training.task.make import Task, make_task, print_task
-
-        task = Task(seed, train, held_out, captions, size)
-        with Progress(console=console, transient=True) as bar:
-            images = bar.add_task("images", total=None)
-            described = make_task(task, out, workers, lambda i, n: bar.update(images, completed=i, total=n))
-        if as_json:
-            print(json.dumps(described))
-        else:
-            print_task(described)
-            _say(console, f"written: {out}")
-        return 0
-
-    _run("make-task", command)
+    execute("merge", command)
 
 
 @app.command()
@@ -198,10 +163,14 @@ def plot(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or 
     def command(console: Console) -> int:
         from sp_fast.training.log_file import plot
 
-        _say(console, f"written: {plot(run)}")
+        say(console, f"written: {plot(run)}")
         return 0
 
-    _run("plot", command)
+    execute("plot", command)
+
+
+app.command("make-task")(make_task)
+app.command()(score)
 
 
 def _train(stage: str, config: str | None, words: list[str]) -> None:
@@ -215,11 +184,11 @@ def _train(stage: str, config: str | None, words: list[str]) -> None:
 
         logging.disable_progress_bar()  # of loading, which would stand between two bars
         with ProgressReport(console) as report, _told(console):
-            for path in train(stage, recipe, partial(_say, console), [report]):
-                _say(console, f"written: {path}")
+            for path in train(stage, recipe, partial(say, console), [report]):
+                say(console, f"written: {path}")
         return 0
 
-    _run(stage, command)
+    execute(stage, command)
 
 
 def _recipe(stage: str, config: str | None, words: list[str], **unused: Any) -> Recipe:
@@ -237,7 +206,7 @@ def _told(console: Console) -> Iterator[None]:
 
     class Teller(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            _say(console, record.getMessage())
+            say(console, record.getMessage())
 
     logger, teller = logging.getLogger("sp_fast"), Teller()
     before = logger.level
@@ -248,23 +217,3 @@ def _told(console: Console) -> Iterator[None]:
     finally:
         logger.removeHandler(teller)
         logger.setLevel(before)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
-def _run(name: str, command: Callable[[Console], int]) -> None:
-    from rich.console import Console
-
-    from sp_fast.errors import SPFastError
-
-    console = Console(stderr=True)
-    try:
-        code = command(console)
-    except SPFastError as error:
-        console.print(f"sp-fast train {name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        code = 1
-    except KeyboardInterrupt:
-        code = 130
-    raise typer.Exit(code)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from sp_fast.errors import ConfigError, ImageError
-from sp_fast.llava_sp.loading import Loaded
+from sp_fast.llava_sp.loading import Ready
 from sp_fast.llava_sp.processing import IMAGE_TOKEN
 from sp_fast.vision import load_image
 
@@ -74,7 +74,7 @@ class Settings:
     max_new_tokens: int = 512
     temperature: float = 0.0
     batch_size: int = 8
-    seed: int = 0
+    seed: int = 0  # of sampling
     chat: bool = True  # the prompt is a question, put into the model's chat template; else it is taken as it is
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ def _request(path: Path, number: int, line: str) -> Request:
 
 
 def answer(
-    loaded: Loaded, requests: Iterable[Request], settings: Settings, streamer: BaseStreamer | None = None
+    ready: Ready, requests: Iterable[Request], settings: Settings, streamer: BaseStreamer | None = None
 ) -> Iterator[Answer]:
     """Answers in the order of the requests, batch by batch; a streamer is for a single one.
 
@@ -132,9 +132,10 @@ def answer(
         ImageError: an image that cannot be read, with the request's id.
         ValueError: a prompt beyond the model's context.
     """
-    torch.manual_seed(settings.seed)
+    if settings.temperature:
+        torch.manual_seed(settings.seed)
     for batch in batches(requests, settings.batch_size):
-        yield from _answer(loaded, batch, settings, streamer)
+        yield from _answer(ready, batch, settings, streamer)
 
 
 def batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
@@ -145,10 +146,10 @@ def batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
 
 
 def _answer(
-    loaded: Loaded, batch: Sequence[Request], settings: Settings, streamer: BaseStreamer | None
+    ready: Ready, batch: Sequence[Request], settings: Settings, streamer: BaseStreamer | None
 ) -> Iterator[Answer]:
-    model, processor = loaded.model, loaded.processor
-    texts, images = [prompt_text(loaded, request, settings.chat) for request in batch], _images(batch)
+    model, processor = ready.model, ready.processor
+    texts, images = [prompt_text(ready, request, settings.chat) for request in batch], _images(batch)
     inputs = processor(text=texts, images=images or None, return_tensors="pt", padding=True, padding_side="left")
     inputs = inputs.to(model.device, model.dtype)  # whole numbers stay what they are
     length = inputs["input_ids"].shape[1]
@@ -173,22 +174,22 @@ def _answer(
         yield Answer(request.id, request.prompt, names, text, tokens, _until_end(model, row), first, seconds)
 
 
-def prompt_text(loaded: Loaded, request: Request, chat: bool) -> str:
+def prompt_text(ready: Ready, request: Request, chat: bool) -> str:
     """What the tokenizer gets."""
-    if not chat or loaded.processor.chat_template is None:
+    if not chat or ready.processor.chat_template is None:
         return request.prompt if request.places else IMAGE_TOKEN * len(request.images) + request.prompt
     content: str | list[dict[str, str]] = request.prompt
     if not request.places:
         content = [*({"type": "image"} for _ in request.images), {"type": "text", "text": request.prompt}]
     message = [{"role": "user", "content": content}]
-    return loaded.processor.apply_chat_template(message, add_generation_prompt=True)
+    return ready.processor.apply_chat_template(message, add_generation_prompt=True)
 
 
-def prompt_tokens(loaded: Loaded, request: Request, chat: bool) -> int:
+def prompt_tokens(ready: Ready, request: Request, chat: bool) -> int:
     """Length of a prompt, image tokens included, without its images being read."""
-    processor = loaded.processor
-    text = processor.tokenizer(processor.separated(prompt_text(loaded, request, chat)))["input_ids"]
-    return len(text) + len(request.images) * (loaded.model.config.image_seq_length - 1)
+    processor = ready.processor
+    text = processor.tokenizer(processor.separated(prompt_text(ready, request, chat)))["input_ids"]
+    return len(text) + len(request.images) * (ready.model.config.image_seq_length - 1)
 
 
 def _images(batch: Sequence[Request]) -> list[Image.Image]:

@@ -24,11 +24,17 @@ COMPILED = Attention("sdpa", "auto: a compiled static cache needs it")
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model in evaluation mode with its processor, and why it was loaded as it was."""
+class Ready:
+    """A model in evaluation mode with its processor: what can be asked."""
 
     model: LlavaSpForConditionalGeneration
     processor: LlavaSpProcessor
+
+
+@dataclass(frozen=True)
+class Loaded(Ready):
+    """What can be asked, and why it was loaded as it was."""
+
     attention: Attention  # of the language model; the tower has VISION_TOWER
     dtype_reason: str
 
