@@ -14,7 +14,7 @@ import typer
 
 from sp_fast.training.command import JsonOption, execute, say
 from sp_fast.training.recipe import HELP
-from sp_fast.training.task_cli import make_task, score
+from sp_fast.training.task_cli import make_parts, make_task, score
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,6 +170,7 @@ def plot(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or 
 
 
 app.command("make-task")(make_task)
+app.command("make-parts")(make_parts)
 app.command()(score)
 
 

@@ -50,6 +50,42 @@ def make_task(
     execute("make-task", command)
 
 
+def make_parts(
+    out: Annotated[Path, typer.Option(help="The parts' folder; it appears whole or not at all.")],
+    scale: Annotated[str, typer.Option(help="tiny (two cores) or small (a GPU).")] = "tiny",
+    size: Annotated[int, typer.Option(help="Pixels of an image's side, as of the task.")] = 96,
+    seed: Annotated[int, typer.Option(help="Of everything in them.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Teach a small vision tower and a small language model, which a LLaVA-SP model for the spatial task begins with.
+
+    They are taught on scenes of their own, none of the task's, and without any projector; on a GPU where there is one.
+    Exit code 0: done; 1: it could not be done; 130: interrupted. Nothing half-made is left.
+    """
+
+    def command(console: Console) -> int:
+        from rich.progress import Progress, TextColumn
+
+        from sp_fast.training.task.parts import PARTS, make_parts
+
+        columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"))
+        with Progress(*columns, console=console, transient=True) as progress:
+            bars = {part: progress.add_task(part, total=None, loss=float("nan")) for part in PARTS}
+            described = make_parts(
+                out, scale, size, seed,
+                lambda part, i, n, loss: progress.update(bars[part], completed=i, total=n, loss=loss),
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(described))
+        else:
+            for what, share in described["accuracy"].items():
+                print(f"{what}: {share:.1%} right")
+            say(console, f"written: {out}")
+        return 0
+
+    execute("make-parts", command)
+
+
 def score(
     model: Annotated[Path, typer.Option(help="Folder of a whole LLaVA-SP model (sp-fast train merge makes one).")],
     task: Annotated[Path, typer.Option(help="Folder that sp-fast train make-task has made.")],

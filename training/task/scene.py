@@ -14,6 +14,7 @@ its answer, so that the words alone tell nothing:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -23,9 +24,9 @@ from sp_fast.training.task.words import ANSWERS, COLOURS, PLACES, PRESENCE, SHAP
 
 _KINDS = tuple(Kind(colour, shape) for colour in COLOURS for shape in SHAPES)
 _COUNTED = (tuple(Kind(colour, None) for colour in COLOURS), tuple(Kind(None, shape) for shape in SHAPES), _KINDS)
-#: Smallest and largest extent of things as shares of the image, and how many of ten are so: at 24x24 patches the small
-#: ones have about two patches a side, and their shape lies in single pixels.
-_EXTENTS, _OF_TEN = ((7 / 96, 9 / 96), (10 / 96, 14 / 96), (15 / 96, 21 / 96)), (4, 4, 2)
+#: Smallest and largest extent of things as shares of the image, and how many of ten are so: the small ones have about a
+#: patch and a half a side at 12x12 patches, three at 24x24.
+_EXTENTS, _OF_TEN = ((10 / 96, 13 / 96), (14 / 96, 18 / 96), (19 / 96, 24 / 96)), (4, 4, 2)
 _GAP = 2  # pixels between things, so that they never grow together
 _TRIES = 300  # places that are tried for a thing before the scene is given up
 _MOST_EXTRA = 3  # things beyond those in question, so that their total says nothing about how many are counted
@@ -103,6 +104,15 @@ def compose_caption(rng: Random, size: int) -> list[tuple[Thing, str]]:
             return [(board.put(rng.choice(_KINDS), lambda box, p=p: centre_is_at(box, p, size)), p) for p in places]
         except _Crowded:
             continue
+
+
+def compose_crowd(rng: Random, size: int, most: int) -> list[Thing]:
+    """Things of any kind anywhere, up to so many."""
+    board = _Board(rng, size)
+    with suppress(_Crowded):
+        for _ in range(most):
+            board.put(rng.choice(_KINDS))
+    return board.things
 
 
 def _cast(rng: Random, goals: Mapping[str, str]) -> _Cast:

@@ -99,3 +99,16 @@ def vocabulary() -> list[str]:
     answers = [answer for some in ANSWERS.values() for answer in some]
     said = [*frames, *answers, *SHAPES, *_PLURALS.values(), "[0.,]", "0123456789"]
     return sorted({word for text in said for word in words_of(text)})
+
+
+def phrases() -> list[str]:
+    """What the task's sentences are put together from, spaces included: what stands between the blanks of a phrasing,
+    and what fills them."""
+    phrasings = [phrasing for some in QUESTIONS.values() for phrasing in some]
+    frames = [part for text in (*phrasings, _CAPTION_PART) for part in re.split(r"{\w+}", text) if part]
+    kinds = [Kind(colour, shape) for colour in (*COLOURS, None) for shape in (*SHAPES, None) if colour or shape]
+    named = [str(kind) for kind in kinds if None not in kind]
+    answers = [answer for some in ANSWERS.values() for answer in some]
+    shares = [f"{i / 100:.2f}" for i in range(101)]
+    joints = [", ", " and ", "[", "]", "\n"]
+    return sorted({*frames, *CAPTION_REQUESTS, *named, *(kind.plural for kind in kinds), *answers, *shares, *joints})

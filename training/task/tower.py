@@ -1,0 +1,110 @@
+"""The spatial task's vision tower: a small CLIP whose patches have learnt to say what they show.
+
+This classification stage has images of its own, none of the data's. Like CLIP's pretraining it teaches what is seen;
+what lies where, and beside what, is left to the projector and the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from sp_fast.training.task.drawing import draw, mask_of
+from sp_fast.training.task.fit import Lessons, Progress, fit
+from sp_fast.training.task.scene import compose_crowd
+from sp_fast.training.task.words import COLOURS, SHAPES
+
+_MOST = 12  # things of an image
+_LEAST = 1 / 10  # share of a patch that a thing must fill to be what the patch shows
+_JUDGED = 200  # images
+_CLASSES = (1 + len(COLOURS), 1 + len(SHAPES))  # 0 is the background
+
+
+def make_tower(width: int, layers: int, heads: int, patch: int, size: int, seed: int) -> CLIPVisionModel:
+    """At random."""
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=size,
+        patch_size=patch,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tower = CLIPVisionModel(config)
+    tower.set_attn_implementation("eager")  # the fastest for such widths on a CPU
+    return tower
+
+
+def teach_seeing(
+    tower: CLIPVisionModel, images: int, lessons: Lessons, seed: int, progress: Progress | None = None
+) -> dict[str, float]:
+    """Trains the tower under a linear head, which is dropped: each patch's colour and shape, or background. Returns the
+    shares of patches of new images, where they show a thing, whose colour and whose shape it says right.
+
+    Args:
+        images: that are drawn, and come again in any order.
+    """
+    config, device = tower.config, tower.device
+    pixels, labels = _drawn(seed, range(images), config)
+    order = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Linear(config.hidden_size, sum(_CLASSES)).to(device)
+
+    def logits(pixels: Tensor) -> Tensor:
+        return head(tower(pixel_values=normalised(pixels.to(device))).last_hidden_state[:, 1:])
+
+    def loss_of(step: int) -> Tensor:
+        chosen = torch.randint(images, (lessons.batch,), generator=order)
+        return loss(logits(pixels[chosen]), labels[chosen].to(device))
+
+    fit(nn.ModuleList([tower, head]), loss_of, lessons, progress)
+    pixels, labels = _drawn(seed, range(images, images + _JUDGED), config)
+    with torch.no_grad():
+        said = torch.stack([some.argmax(-1) for some in logits(pixels).split(_CLASSES, -1)], -1).cpu()
+    right = (said == labels)[labels[..., 0] > 0].double().mean(0)
+    return dict(zip(("colour", "shape"), right.tolist(), strict=True))
+
+
+def _drawn(seed: int, numbers: Iterable[int], config: CLIPVisionConfig) -> tuple[Tensor, Tensor]:
+    images = [labelled_image(seed, number, config.image_size, config.patch_size) for number in numbers]
+    pixels, labels = zip(*images, strict=True)
+    return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(labels))
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of ``[B, N, classes]`` against ``[B, N, 2]`` colours and shapes."""
+    parts = zip(logits.float().split(_CLASSES, -1), labels.unbind(-1), strict=True)
+    return sum(F.cross_entropy(some.flatten(0, 1), wanted.flatten()) for some, wanted in parts)
+
+
+def labelled_image(seed: int, index: int, size: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """``[size, size, 3]`` uint8 pixels, and for each patch ``[N, 2]`` int64 its colour and shape, counted from 1."""
+    rng = Random(f"{seed}/tower/{index}")
+    things = compose_crowd(rng, size, _MOST)
+    side = size // patch
+    most = np.full(side * side, _LEAST * patch**2)
+    labels = np.zeros((side * side, 2), np.int64)
+    for thing in things:
+        full = np.zeros((size, size), bool)
+        left, top, right, bottom = thing.box
+        full[top:bottom, left:right] = mask_of(thing.kind.shape, thing.extent)
+        covered = full.reshape(side, patch, side, patch).sum((1, 3)).ravel()
+        labels[covered > most] = 1 + COLOURS.index(thing.kind.colour), 1 + SHAPES.index(thing.kind.shape)
+        most = np.maximum(most, covered)
+    return draw(things, size, np.random.default_rng(rng.getrandbits(64))), labels
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """``[B, size, size, 3]`` uint8 to ``[B, 3, size, size]`` float32 as the model's image processor does."""
+    mean, std = (torch.tensor(some, device=pixels.device) for some in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
