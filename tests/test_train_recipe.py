@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sp_fast import SPProjectorConfig
 from sp_fast.errors import TrainingError
 from sp_fast.training.recipe import HELP, Recipe
 from sp_fast.training.record import read_run, write_recipe
@@ -199,6 +200,34 @@ def test_a_run_remembers_its_recipe_wherever_it_is_read(tmp_path, monkeypatch):
     assert (named.projector, named.template) == ("pool", "plain")
     with pytest.raises(TrainingError, match="give the folder of a run"):
         read_run(tmp_path)
+
+
+def test_a_projector_may_be_spelled_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_text("projector:\n  kernel_sizes: [2, 4]\n  detail_kernel: null\nglobal_batch_size: 4\n")
+    recipe = read_recipe("pretrain", str(path), read_options(GIVEN.split()))
+    assert recipe.projector == {"kernel_sizes": [2, 4], "detail_kernel": None}
+    recipe.output.mkdir()
+    write_recipe("pretrain", recipe)
+    assert read_run(recipe.output)[1].projector == recipe.projector
+    path.write_text("projector: [2, 4]\nglobal_batch_size: 4\n")
+    with pytest.raises(TrainingError, match=r"projector=\[2, 4\] where text or fields with their values is expected"):
+        read_recipe("pretrain", str(path), read_options(GIVEN.split()))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_tiny_recipes_can_be_used(stage):
+    recipe = read_recipe(stage, f"tiny-{stage}", read_options(GIVEN.split()))
+    assert (recipe.lora_rank, recipe.accumulation(1), recipe.attention) == (None, 1, "eager")
+
+
+def test_the_tiny_projector_is_the_published_one_on_half_the_grid():
+    recipe = read_recipe("pretrain", "tiny-pretrain", read_options(GIVEN.split()))
+    found = SPProjectorConfig(**recipe.projector, grid=12, vision_width=64, text_width=128)
+    published = SPProjectorConfig()
+    assert [2 * k for k in found.kernel_sizes] == list(published.kernel_sizes)
+    assert found.detail_sides == published.detail_sides
 
 
 def test_shipped_recipes_and_help_name_real_settings():

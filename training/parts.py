@@ -19,7 +19,7 @@ def read_parts(recipe: Recipe) -> Assembly:
     if recipe.model is not None:
         return disassemble(recipe.model, recipe.template)
     named = recipe.projector or DEFAULT_PROJECTOR
-    projector: str | Path = named if named in VARIANTS else Path(named)
+    projector = named if isinstance(named, dict) or named in VARIANTS else Path(named)
     if isinstance(projector, Path) and not projector.exists():
         raise TrainingError(f"projector={named} is neither a file or folder nor one of {', '.join(VARIANTS)}")
     return assemble(

@@ -31,9 +31,9 @@ class Recipe:
     language_model: Annotated[Path | None, "Folder of the language model."] = None
     vision_tower: Annotated[Path | None, "Folder of the CLIP or SigLIP vision tower."] = None
     projector: Annotated[
-        str | None,
-        "A variant's name, to begin at random (mlp: no spatial tokens); or a trained projector's folder or file. "
-        "Default: crop-dfi.",
+        str | dict[str, Any] | None,
+        "A variant's name, to begin at random (mlp: no spatial tokens), or in a file fields of SPProjectorConfig; or a "
+        "trained projector's folder or file. Default: crop-dfi.",
     ] = None
     tokenizer: Annotated[Path | None, "Folder of the tokenizer, where it is not the language model's."] = None
     image_folder: Annotated[Path | None, "Where the data's images are, and stay. Default: beside the data."] = None
@@ -126,7 +126,7 @@ class Recipe:
         named = {
             name: str(Path(value).absolute())
             for name in ("projector", "template")
-            if (value := getattr(self, name)) and value not in known and Path(value).exists()
+            if isinstance(value := getattr(self, name), str) and value not in known and Path(value).exists()
         }
         return replace(self, **paths, **named, data=tuple(path.absolute() for path in self.data))
 

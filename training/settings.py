@@ -6,6 +6,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -107,11 +108,12 @@ def _converted(name: str, value: Any, where: str) -> Any:
         if type(None) in kinds:
             return None
         raise TrainingError(f"{where} has no value for {name}")
-    (kind,) = (one for one in kinds if one is not type(None))
-    try:
-        return _CONVERTERS.get(kind, _one_of(kind))(value)
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise TrainingError(f"{where} has {name}={value!r} where {_KINDS.get(kind, kind)} is expected") from error
+    kinds = [one for one in kinds if one is not type(None)]
+    for kind in kinds:
+        with suppress(TypeError, ValueError, KeyError, OverflowError):
+            return _CONVERTERS.get(kind, _one_of(kind))(value)
+    expected = " or ".join(str(_KINDS.get(kind, kind)) for kind in kinds)
+    raise TrainingError(f"{where} has {name}={value!r} where {expected} is expected")
 
 
 def _bool(value: Any) -> bool:
@@ -140,6 +142,12 @@ def _paths(value: Any) -> tuple[Path, ...]:
     return tuple(Path(_str(one)) for one in (value if isinstance(value, (list, tuple)) else [value]))
 
 
+def _fields(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {_str(name): one for name, one in value.items()}
+
+
 def _one_of(kind: Any) -> Any:
     def convert(value: Any) -> Any:
         if value not in typing.get_args(kind):
@@ -151,8 +159,9 @@ def _one_of(kind: Any) -> Any:
 
 _CONVERTERS = {
     bool: _bool, int: _int, float: _float, str: _str, Path: lambda value: Path(_str(value)), tuple[Path, ...]: _paths,
+    dict[str, Any]: _fields,
 }  # fmt: skip
 _KINDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path",
-    tuple[Path, ...]: "paths",
+    tuple[Path, ...]: "paths", dict[str, Any]: "fields with their values",
 }  # fmt: skip
