@@ -14,6 +14,7 @@ import typer
 
 from sp_fast.training.command import JsonOption, execute, say
 from sp_fast.training.recipe import HELP
+from sp_fast.training.study_cli import study, study_show
 from sp_fast.training.task_cli import make_parts, make_task, score
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ def plot(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or 
 app.command("make-task")(make_task)
 app.command("make-parts")(make_parts)
 app.command()(score)
+app.command()(study)
+app.command("study-show")(study_show)
 
 
 def _train(stage: str, config: str | None, words: list[str]) -> None:

@@ -23,8 +23,8 @@ def fingerprint(stage: str, recipe: Recipe, assembly: Assembly, samples: int) ->
     """As JSON holds it. Images, and the projector that training began with, are in none: that is in the checkpoint."""
     values = {name: value for name, value in recipe.to_dict().items() if name not in FREE}
     return {
-        "stage": stage, **values, "samples": samples, "data": [[path.name, _file(path)] for path in recipe.data],
-        "frozen weights": weights(assembly), "model": _model(assembly),
+        "stage": stage, **values, "samples": samples, "data": [[path.name, file_digest(path)] for path in recipe.data],
+        "frozen weights": weights(assembly), "model": described(assembly),
     }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def weights(assembly: Assembly) -> str:
     return found.hexdigest()[:16]
 
 
-def _model(assembly: Assembly) -> str:
+def described(assembly: Assembly) -> str:
     """Of everything but weights: configurations, words, preprocessing, chat template."""
     processor = assembly.processor
     parts = [
@@ -56,7 +56,7 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def _file(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Of a folder of tables their names and sizes, as they can be large."""
     if path.is_dir():
         return _short(repr(sorted((one.name, one.stat().st_size) for one in path.rglob("*"))).encode())

@@ -1,0 +1,95 @@
+"""The arms of the study: projectors of the paper's tables, and LLaVA-1.5's beside them, scaled to a tower's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sp_fast.config import SPProjectorConfig
+from sp_fast.errors import ConfigError
+
+#: What all others are held against: no spatial tokens.
+BASELINE = "mlp"
+_GRID = 24  # that the paper's lengths are counted on
+_LENGTHS = ("kernel_sizes", "map_size", "detail_kernel", "detail_stride")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A projector as published: a variant, and what it changes there.
+
+    Args:
+        table: of the paper that it answers to.
+    """
+
+    name: str
+    table: str
+    variant: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, grid: int, vision_width: int, text_width: int) -> SPProjectorConfig:
+        """The same on a tower of ``grid`` x ``grid`` patches: every length grows or shrinks with it.
+
+        The spatial features are half as wide as the vision tower's, as published, or as wide where the extractor is
+        a transformer, which keeps the width.
+
+        Raises:
+            ConfigError: a length would be no whole number of patches.
+        """
+        published = SPProjectorConfig.variant(self.variant, **self.changes)
+        values = {name: self._scaled(name, getattr(published, name), grid) for name in self._lengths(published)}
+        keeps = published.extractor == "transformer"
+        widths = {"vision_width": vision_width, "spatial_width": vision_width if keeps else vision_width // 2}
+        return SPProjectorConfig.from_dict(
+            {**published.to_dict(), **values, **widths, "grid": grid, "text_width": text_width}
+        )
+
+    def _lengths(self, published: SPProjectorConfig) -> list[str]:
+        return [name for name in _LENGTHS if published.detail_kernels or not name.startswith("detail")]
+
+    def _scaled(self, name: str, length: int | tuple[int, ...], grid: int) -> int | tuple[int, ...]:
+        if isinstance(length, tuple):
+            return tuple(self._scaled(name, one, grid) for one in length)
+        if length * grid % _GRID:
+            raise ConfigError(
+                f"the arm {self.name!r} has {name} {length} on the published {_GRID}x{_GRID} grid, and on this tower's "
+                f"{grid}x{grid} that is no whole number: take a tower of 12x12 patches (96 pixels, patches of 8) or "
+                "a multiple of that, or leave the arm out"
+            )
+        return length * grid // _GRID
+
+
+_HEADLINE, _EXTRACTOR, _TOKENS, _WINDOWS, _DETAIL = "headline", "Tab. 3", "Tab. 4", "Tab. 5", "Tab. 6"
+_ALL = (
+    Arm(BASELINE, _HEADLINE, "mlp"),
+    Arm("crop", _HEADLINE, "crop"),
+    Arm("pool", _HEADLINE, "pool"),
+    Arm("crop-dfi", _HEADLINE, "crop-dfi"),
+    Arm("pool-dfi", _HEADLINE, "pool-dfi"),
+    Arm("tfm-crop", _EXTRACTOR, "tfm336"),
+    Arm("tfm-pool", _EXTRACTOR, "tfm336_adptive_pooling"),
+    Arm("1-token", _TOKENS, "conv336_24"),  # crop has the 6
+    Arm("3-tokens", _TOKENS, "conv336_3_tokens"),
+    Arm("12-tokens", _TOKENS, "conv336_12_tokens"),
+    Arm("sliding", _WINDOWS, "sliding"),
+    Arm("detail-4", _DETAIL, "crop-dfi", {"detail_kernel": 4}),  # crop-dfi has the 16
+    Arm("detail-8", _DETAIL, "crop-dfi", {"detail_kernel": 8}),
+    Arm("detail-12", _DETAIL, "crop-dfi", {"detail_kernel": 12}),
+)
+#: By name, in the order in which they run and are shown.
+ARMS = {arm.name: arm for arm in _ALL}
+#: Whether spatial tokens help at all: with and without a DFI, of both pyramids.
+HEADLINE = tuple(arm.name for arm in _ALL if arm.table == _HEADLINE)
+
+
+def chosen(names: list[str], headline: bool) -> list[Arm]:
+    """The arms asked for, in their order; all where nothing is said.
+
+    Raises:
+        ConfigError: a name that is no arm's.
+    """
+    if unknown := [name for name in names if name not in ARMS]:
+        raise ConfigError(f"{unknown[0]!r} is no arm: choose among {', '.join(ARMS)}")
+    wanted = {*names, *(HEADLINE if headline else ())} or ARMS.keys()
+    return [arm for arm in ARMS.values() if arm.name in wanted]

@@ -1,0 +1,54 @@
+"""A study's figure: the share of right answers by type, arm by arm, every seed a dot, beside what guessing has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sp_fast.errors import TrainingError
+from sp_fast.training.study.summary import Summary
+
+FIGURE = "study.svg"
+_ACROSS = 4
+
+
+def draw(summary: Summary, path: Path) -> None:
+    """Draws to an SVG file; an older one is replaced. Raises TrainingError where it cannot be written."""
+    lines = -(-len(summary.columns) // _ACROSS)
+    width = 1.2 + 0.22 * len(summary.rows)
+    figure = Figure(figsize=(_ACROSS * max(2.2, width), lines * 2.8), layout="constrained")
+    axes = figure.subplots(lines, _ACROSS, squeeze=False, sharex=True).ravel()
+    for axis in axes[len(summary.columns) :]:
+        axis.set_axis_off()
+    for axis, column in zip(axes, summary.columns, strict=False):
+        _draw(axis, summary, column)
+    write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """The same figure gives the same file. Raises TrainingError where it cannot be written."""
+    aside = path.with_name(f".{path.name}")
+    try:
+        with matplotlib.rc_context({"svg.hashsalt": "sp_fast"}):
+            figure.savefig(aside, format="svg", metadata={"Date": None})
+        aside.replace(path)
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be written ({error.strerror}): mend the folder's rights") from error
+
+
+def _draw(axis: Axes, summary: Summary, column: str) -> None:
+    for place, row in enumerate(summary.rows):
+        shares = [100 * share for share in row.shares[column]]
+        axis.plot([place] * len(shares), shares, "o", color="C0", alpha=0.6, markersize=4)
+        axis.hlines(100 * row.spread(column).mean, place - 0.3, place + 0.3, color="C3", linewidth=1.8)
+    axis.axhline(100 * summary.chance[column], color="0.4", linestyle="--", linewidth=0.9)
+    axis.set_title(column, fontsize=9)
+    axis.set_ylim(0, 100)
+    axis.set_xticks(range(len(summary.rows)), [row.arm for row in summary.rows], rotation=90)
+    axis.tick_params(labelsize=8, labelbottom=True)
+    axis.set_ylabel("right, %", fontsize=8)
+    axis.grid(axis="y", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)

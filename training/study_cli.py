@@ -1,0 +1,106 @@
+"""`sp-fast train study` and `study-show`. What they need is imported when they run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from sp_fast.training.command import JsonOption, execute, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TaskOption = Annotated[Path, typer.Option(help="Folder that sp-fast train make-task has made.")]
+PartsOption = Annotated[
+    Path, typer.Option(help="Folder of language-model and vision-tower, as sp-fast train make-parts makes it.")
+]
+OutOption = Annotated[Path, typer.Option(help="The study's folder. What was interrupted goes on in it.")]
+RecipeOption = Annotated[
+    str, typer.Option(help="NAME of the shipped recipes NAME-pretrain and NAME-finetune, or of such YAML files.")
+]
+
+WorkersOption = Annotated[
+    int, typer.Option(min=0, help="Runs at a time, which divide the cores; 0: one, in this process.")
+]
+
+
+def study(
+    task: TaskOption,
+    parts: PartsOption,
+    out: OutOption,
+    recipe: RecipeOption = "tiny",
+    arm: Annotated[list[str] | None, typer.Option(help="An arm; may be repeated. Default: all.")] = None,
+    headline: Annotated[bool, typer.Option("--headline", help="mlp, crop, pool, crop-dfi and pool-dfi.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
+    images: Annotated[int | None, typer.Option(min=1, help="The first so many held-out images. Default: all.")] = None,
+    workers: WorkersOption = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Train every arm from every seed in both stages, ask each the held-out questions, and compare.
+
+    OUT has results.jsonl, a line a finished run, study.svg, and models/ARM of seed 0, for sp-fast generate. Exit code
+    0: all runs are there; 1: some failed, which are named, or nothing could be run; 130: interrupted, and the same
+    command goes on.
+    """
+
+    def command(console: Console) -> int:
+        with console.status("imports"):
+            from sp_fast.training.study.arms import chosen
+            from sp_fast.training.study.conduct import conduct
+            from sp_fast.training.study.study import Study
+
+        failures = conduct(
+            Study(task, parts, out, recipe, images), chosen(arm or [], headline), seeds, workers, console
+        )
+        if failures and not _has_results(out):
+            return 1
+        _show(console, out, "json" if as_json else "table")
+        for job, reason in failures.items():
+            console.print(f"{job} failed: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return int(bool(failures))
+
+    execute("study", command)
+
+
+def study_show(
+    out: Annotated[Path, typer.Argument(help="Folder of a study, finished or not.")],
+    format: Annotated[Literal["table", "md", "json"], typer.Option(help="How they are printed.")] = "table",
+) -> None:
+    """Print a study's results, and draw study.svg again.
+
+    Exit code 0: done; 1: there are none yet.
+    """
+
+    def command(console: Console) -> int:
+        _show(console, out, format)
+        return 0
+
+    execute("study-show", command)
+
+
+def _has_results(out: Path) -> bool:
+    from sp_fast.training.study.conduct import RESULTS
+    from sp_fast.training.study.results import read_lines
+
+    return bool(read_lines(out / RESULTS))
+
+
+def _show(console: Console, out: Path, format: str) -> None:
+    from sp_fast.training.study.conduct import RESULTS
+    from sp_fast.training.study.figure import FIGURE, draw
+    from sp_fast.training.study.results import read_lines
+    from sp_fast.training.study.show import markdown, print_study
+    from sp_fast.training.study.summary import summarise
+
+    summary = summarise(read_lines(out / RESULTS))
+    printers = {
+        "table": lambda: print_study(summary),
+        "md": lambda: print(markdown(summary)),
+        "json": lambda: print(json.dumps(summary.to_dict())),
+    }
+    printers[format]()
+    draw(summary, out / FIGURE)
+    say(console, f"written: {out / FIGURE}")
