@@ -9,9 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sp_fast import ReferenceSPProjector, SPProjector, SPProjectorConfig
+from sp_fast import SPProjector, SPProjectorConfig
 from sp_fast.bench.accuracy import compare
 from sp_fast.checkpoint import official_entries
+from sp_fast.training.study.drift import reference_of
 from sp_fast.variants import OFFICIAL, VARIANTS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -80,15 +81,6 @@ def randomised(module, seed=0):
                 scale = (parameter.shape[0] * parameter.shape[1]) ** -0.5 * 2
             parameter.copy_(noise * scale + (parameter.dim() == 1 and not name.endswith("bias")))
     return module
-
-
-def reference_of(projector, dtype=None):
-    """The reference with the same weights."""
-    state = projector.official_state_dict(prefix="")
-    dtype = dtype or next(iter(state.values())).dtype
-    reference = ReferenceSPProjector(projector.config, dtype=dtype)
-    reference.load_state_dict(state)
-    return reference.eval()
 
 
 def features_for(config, batch=2, dtype=torch.float32, seed=0):

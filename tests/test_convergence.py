@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.convergence import CONFIGS, EPS, EXACT, TORCH_EPS, race, student, with_fault, within_rounding
+from sp_fast.training.study.drift import EPS, within_rounding
+from tests.convergence import CONFIGS, EXACT, TORCH_EPS, race, student, with_fault
 
 
 def campaign(*values):

@@ -1,56 +1,24 @@
 """Training a model with the fast projector beside the same training with the reference: the whole path, LoRA too."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
-from sp_fast.training.run import set_up
-from sp_fast.training.stage import part_of
+from sp_fast.training.study.drift import drift, reference_of, reorderings, within_rounding
+from sp_fast.training.study.paths import fast_form, path, reordered_form
 from tests import tiny_training
-from tests.convergence import EPS, EXACT, Run, drift, official_parameters, permuted, reorderings, within_rounding
-from tests.helpers import reference_of
-from tests.tiny_training import Watch, recipe
-
-FAST = "fast"
+from tests.convergence import EXACT, REORDERINGS
+from tests.tiny_training import recipe
 
 
-class Reordered(nn.Module):
-    """A reference whose sums run in another order."""
-
-    def __init__(self, reference, order):
-        super().__init__()
-        self.inner, self._order = permuted(reference, order), order
-
-    def forward(self, features):
-        return self.inner(features[..., self._order["C"]])[..., self._order["H"].argsort()]
-
-
-def raced(folder, seed, steps, projector, dtype=torch.float32):
-    """Losses, and everything that was trained: the projector by official names. ``projector`` is FAST, None for the
-    reference, or an order for it."""
+def raced(folder, seed, steps, form, dtype=torch.float32):
     settings = recipe(
         "finetune", folder, output=folder / f"run-{len(list(folder.iterdir()))}", projector=str(folder / f"start-{seed}"),
-        max_steps=steps, seed=seed, lora_dropout=0, projector_learning_rate=1e-2, save_steps=steps + 1,
+        max_steps=steps, seed=seed, lora_dropout=0, projector_learning_rate=1e-2,
     )  # fmt: skip
-    trainer, _ = set_up("finetune", settings, lambda text: None)
-    trainer.args.adam_epsilon = EPS
-    trainer.args.save_strategy = "no"
-    core = trainer.model.base_model.model.model
-    trainer.model.to(dtype)
-    if projector is not FAST:
-        reference = reference_of(core.multi_modal_projector)
-        core.multi_modal_projector = reference if projector is None else Reordered(reference, projector)
-    watch = Watch()
-    trainer.add_callback(watch)
-    trainer.train()
-    found = core.multi_modal_projector
-    parameters = official_parameters(getattr(found, "inner", found), None if projector in (FAST, None) else projector)
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad and part_of(name) != "projector":
-            parameters[name] = parameter.detach().double()
-    return Run(torch.tensor(list(watch.losses.values()), dtype=torch.float64), parameters)
+    return path(settings, form, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def test_float64_training_is_the_references(folder):
-    fast, reference = (raced(folder, 0, 12, projector, torch.float64) for projector in (FAST, None))
+    fast, reference = (raced(folder, 0, 12, form, torch.float64) for form in (fast_form, reference_of))
     assert reference.losses[-1] < reference.losses[0]
     assert (drift(fast, reference) <= EXACT).all()
 
@@ -74,10 +42,11 @@ def test_float64_training_is_the_references(folder):
 @pytest.mark.parametrize("seed", range(3))
 def test_float32_training_is_the_references_to_rounding(folder, seed):
     """The rule: at most twice what the reference itself drifts when its sums run in another order."""
-    reference = raced(folder, seed, 200, None)
-    fast = drift(raced(folder, seed, 200, FAST), reference)
+    reference = raced(folder, seed, 200, reference_of)
+    fast = drift(raced(folder, seed, 200, fast_form), reference)
     config = SimpleNamespace(**tiny_training.widths())
-    again = [drift(raced(folder, seed, 200, order), reference) for order in reorderings(config)]
+    forms = [partial(reordered_form, order) for order in reorderings(config, REORDERINGS)]
+    again = [drift(raced(folder, seed, 200, form), reference) for form in forms]
     limit = torch.stack(again).amax(0)
     print(f"\nseed {seed}: loss {reference.losses[0]:.3f} to {reference.losses[-1]:.3f}; losses and parameters drift by "
           f"{fast.tolist()}, the reordered reference by {limit.tolist()}")  # fmt: skip

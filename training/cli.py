@@ -14,7 +14,7 @@ import typer
 
 from sp_fast.training.command import JsonOption, execute, say
 from sp_fast.training.recipe import HELP
-from sp_fast.training.study_cli import study, study_show
+from sp_fast.training.study_cli import study, study_paths, study_show
 from sp_fast.training.task_cli import make_parts, make_task, score
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ app.command("make-parts")(make_parts)
 app.command()(score)
 app.command()(study)
 app.command("study-show")(study_show)
+app.command("study-paths")(study_paths)
 
 
 def _train(stage: str, config: str | None, words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`sp-fast train study` and `study-show`. What they need is imported when they run."""
+"""`sp-fast train study`, `study-show` and `study-paths`. What they need is imported when they run."""
 
 from __future__ import annotations
 
@@ -63,6 +63,44 @@ def study(
         return int(bool(failures))
 
     execute("study", command)
+
+
+def study_paths(
+    task: TaskOption,
+    parts: PartsOption,
+    out: OutOption,
+    recipe: RecipeOption = "tiny",
+    arm: Annotated[list[str] | None, typer.Option(help="An arm; may be repeated. Default: crop-dfi, pool-dfi.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Of the data's order and the first weights.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of stage 2.")] = 200,
+    workers: WorkersOption = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Train stage 2 with the fast projector, with the reference, and with the reference's sums in three other orders.
+
+    In float32, without dropout, from random projectors (no stage 1). The rule: losses and trained parameters of the
+    fast projector are at most twice as far from the reference's as those of the reorderings are. OUT has paths.jsonl
+    and paths.svg. Exit code 0: it holds for every arm and seed; 1: it does not, or could not be tried; 130:
+    interrupted, and the same command goes on.
+    """
+
+    def command(console: Console) -> int:
+        with console.status("imports"):
+            from sp_fast.training.study.arms import chosen
+            from sp_fast.training.study.paths import PATHS, compare_paths
+            from sp_fast.training.study.paths_report import FIGURE, draw, print_paths
+            from sp_fast.training.study.results import read_lines
+            from sp_fast.training.study.study import Study
+
+        arms = chosen(arm or ["crop-dfi", "pool-dfi"], headline=False)
+        failures = compare_paths(Study(task, parts, out, recipe), arms, seeds, steps, workers, console)
+        if lines := read_lines(out / PATHS):
+            print(json.dumps(lines)) if as_json else print_paths(lines)
+            draw(lines, out / FIGURE)
+            say(console, f"written: {out / FIGURE}")
+        return int(bool(failures) or not all(line["holds"] for line in lines))
+
+    execute("study-paths", command)
 
 
 def study_show(

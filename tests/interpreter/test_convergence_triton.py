@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.convergence import CONFIGS, race, with_fault, within_rounding
+from sp_fast.training.study.drift import within_rounding
+from tests.convergence import CONFIGS, race, with_fault
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
