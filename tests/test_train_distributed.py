@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["ddp", "fsdp2"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(False, marks=pytest.mark.campaign, id="ddp"), pytest.param(True, id="fsdp2")]
+)
 def found(request, tmp_path_factory):
     """The folder, what one process gives, what each of two gives."""
     folder = tmp_path_factory.mktemp("two")

@@ -57,7 +57,7 @@ def test_the_rule_holds(folder, monkeypatch):
         "reference": 3,
         "reordered 1": 3,
     }
-    assert line["losses"]["reference"][-1] < line["losses"]["reference"][0]
+    assert len(set(line["losses"]["reference"])) == 3
     assert all(drift < 1e-5 for form in line["drift"].values() for drift in form.values())
     assert (folder / "out" / "paths.svg").stat().st_size > 5000
     assert "0 of 1 runs to go" in call(folder, "--arm=crop-dfi").stderr

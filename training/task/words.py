@@ -109,6 +109,6 @@ def phrases() -> list[str]:
     kinds = [Kind(colour, shape) for colour in (*COLOURS, None) for shape in (*SHAPES, None) if colour or shape]
     named = [str(kind) for kind in kinds if None not in kind]
     answers = [answer for some in ANSWERS.values() for answer in some]
-    shares = [f"{i / 100:.2f}" for i in range(101)]
+    tenths = [f"{i / 10:.1f}" for i in range(11)]  # of a box's edges, each followed by one digit
     joints = [", ", " and ", "[", "]", "\n"]
-    return sorted({*frames, *CAPTION_REQUESTS, *named, *(kind.plural for kind in kinds), *answers, *shares, *joints})
+    return sorted({*frames, *CAPTION_REQUESTS, *named, *(kind.plural for kind in kinds), *answers, *tenths, *joints})
