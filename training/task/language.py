@@ -156,7 +156,7 @@ def _document(tokenizer: PreTrainedTokenizerBase, rng: Random) -> tuple[list[lis
 
 def _things(tokenizer: PreTrainedTokenizerBase, rng: Random, scene: Scene) -> list[list[int]]:
     """Tokens of kind and place of every position, in any order."""
-    shown = [(str(kind), place) for place, kind in scene.items() for _ in range(rng.randint(1, _POSITIONS))]
+    shown = [(str(kind), place) for place, kind in scene for _ in range(rng.randint(1, _POSITIONS))]
     shown += [(tokenizer.pad_token, rng.choice(PLACES)) for _ in range(rng.randint(0, _BACKGROUND))]
     rng.shuffle(shown)
     return [[token for word in words for token in _tokens(tokenizer, word)] for words in shown]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil, floor
+
 from sp_fast.training.task.words import PLACES
 
 #: Left, top, right and bottom edge; right and bottom are the first pixel outside.
@@ -16,12 +18,15 @@ def third(place: str, size: int) -> tuple[float, float, float, float]:
     return column * size / 3, row * size / 3, (column + 1) * size / 3, (row + 1) * size / 3
 
 
-def centre_is_at(box: Box, place: str, size: int) -> bool:
-    """Whether a box has its centre in a third, and well inside, so that nobody would name another."""
+def starts(place: str, extent: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last left edge, and first and last top edge, of a thing of this extent whose centre is well inside of a
+    third, so that nobody would name another, with a pixel of the image around it."""
     left, top, right, bottom = third(place, size)
-    x, y = _centre(box)
-    clear = _CLEAR * size
-    return left + clear <= x <= right - clear and top + clear <= y <= bottom - clear
+    clear, half = _CLEAR * size, extent / 2
+    return tuple(
+        (max(1, ceil(first + clear - half)), min(size - extent - 1, floor(last - clear - half)))
+        for first, last in ((left, right), (top, bottom))
+    )
 
 
 def reaches(box: Box, place: str, size: int) -> bool:

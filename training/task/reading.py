@@ -1,6 +1,6 @@
 """Scenes that nobody draws, and questions about them, from which the spatial task's language model learns to answer.
 
-They are none of the data's: one thing at most in each third of an image.
+They are none of the data's: things lie in thirds of an image, and nowhere else.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ _KINDS = tuple(Kind(colour, shape) for colour in COLOURS for shape in SHAPES)
 _MOST_COUNTED = 5
 
 
-#: Kinds of things by their places.
-Scene = dict[str, Kind]
+_MOST_BESIDE = 2  # things in thirds that have one already
+
+#: Places and kinds of things.
+Scene = list[tuple[str, Kind]]
 
 
 def make_scene(rng: Random) -> Scene:
-    """One to nine things, in any order."""
+    """One to nine things in thirds of their own, and up to two more, in any order."""
     places = rng.sample(PLACES, rng.randint(1, len(PLACES)))
-    return dict(zip(places, rng.choices(_KINDS, k=len(places)), strict=True))
+    places += rng.sample(places, rng.randint(0, min(_MOST_BESIDE, len(places))))
+    return [(place, rng.choice(_KINDS)) for place in places]
 
 
 def questions(rng: Random, scene: Scene, count: int) -> list[tuple[str, str]]:
@@ -40,44 +43,50 @@ def questions(rng: Random, scene: Scene, count: int) -> list[tuple[str, str]]:
 
 
 def _position(rng: Random, scene: Scene) -> tuple[str, str] | None:
-    place, kind = rng.choice(list(scene.items()))
-    if list(scene.values()).count(kind) > 1:
+    place, kind = rng.choice(scene)
+    if _times(scene, kind) > 1:
         return None
     return rng.choice(QUESTIONS["position"]).format(kind=kind), place
 
 
 def _relation(rng: Random, scene: Scene) -> tuple[str, str] | None:
-    kinds = list(scene.values())
-    if len(kinds) < 2:
+    (place, kind), (other_place, other) = rng.choice(scene), rng.choice(scene)
+    side = side_of(third(place, 1), third(other_place, 1)) if place != other_place else None
+    if side is None or _times(scene, kind) > 1 or _times(scene, other) > 1:
         return None
-    first, second = rng.sample(list(scene), 2)
-    side = side_of(third(first, 1), third(second, 1))
-    if side is None or kinds.count(scene[first]) > 1 or kinds.count(scene[second]) > 1:
-        return None
-    return rng.choice(QUESTIONS["relation"]).format(kind=scene[first], other=scene[second]), side
+    return rng.choice(QUESTIONS["relation"]).format(kind=kind, other=other), side
 
 
 def _count(rng: Random, scene: Scene) -> tuple[str, str] | None:
-    kind = rng.choice(list(scene.values()))
+    _, kind = rng.choice(scene)
     kind = rng.choice((kind, kind._replace(colour=None), kind._replace(shape=None)))
-    found = sum(map(kind.covers, scene.values()))
+    found = sum(kind.covers(other) for _, other in scene)
     return (rng.choice(QUESTIONS["count"]).format(kinds=kind.plural), str(found)) if found <= _MOST_COUNTED else None
 
 
-def _colour(rng: Random, scene: Scene) -> tuple[str, str]:
-    place = rng.choice(list(scene))
-    return rng.choice(QUESTIONS["colour"]).format(place=place), scene[place].colour
+def _colour(rng: Random, scene: Scene) -> tuple[str, str] | None:
+    place, kind = rng.choice(scene)
+    if sum(there == place and other.shape == kind.shape for there, other in scene) > 1:
+        return None
+    return rng.choice(QUESTIONS["colour"]).format(shape=kind.shape, place=place), kind.colour
 
 
 def _presence(rng: Random, scene: Scene) -> tuple[str, str]:
-    kinds = list(scene.values())
+    kinds = [kind for _, kind in scene]
     kind = rng.choice((rng.choice(kinds), Kind(rng.choice(kinds).colour, rng.choice(kinds).shape), rng.choice(_KINDS)))
     return rng.choice(QUESTIONS["presence"]).format(kind=kind), PRESENCE[kind in kinds]
 
 
-def _description(rng: Random, scene: Scene) -> tuple[str, str]:
-    """As the captions have it: in reading order."""
-    return rng.choice(CAPTION_REQUESTS), caption([(scene[place], place) for place in PLACES if place in scene])
+def _description(rng: Random, scene: Scene) -> tuple[str, str] | None:
+    """As the captions have it: in reading order, a thing for each third."""
+    if len({place for place, _ in scene}) < len(scene):
+        return None
+    listed = sorted(scene, key=lambda thing: PLACES.index(thing[0]))
+    return rng.choice(CAPTION_REQUESTS), caption([(kind, place) for place, kind in listed])
+
+
+def _times(scene: Scene, kind: Kind) -> int:
+    return sum(other == kind for _, other in scene)
 
 
 _ASKING = (_position, _relation, _count, _colour, _presence, _description)

@@ -78,7 +78,7 @@ def _questions(
         ("position", wanted["position"], {"kind": scene.located.kind}),
         ("relation", wanted["relation"], {"kind": scene.first.kind, "other": scene.second.kind}),
         ("count", wanted["count"], {"kinds": scene.counted.plural}),
-        ("colour", wanted["colour"], {"place": scene.coloured_at}),
+        ("colour", wanted["colour"], {"shape": scene.coloured.kind.shape, "place": scene.coloured_at}),
         *(("presence", said, {"kind": scene.asked[said]}) for said in presence),
         (BOX, box_text(scene.boxed.box, size), {"kind": scene.boxed.kind}),
     ]

@@ -8,7 +8,7 @@ its answer, so that the words alone tell nothing:
 - presence: two kinds are drawn alike, and one of them is put into the image. Others have the colour and the shape of
   either (POPE's adversarial negatives);
 - position, relation, box: kinds that only one thing has;
-- colour: a third of the image in which only one thing has any pixel.
+- colour: of a shape in a third of the image that has two things, of other shapes and colours, and no pixel of more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from sp_fast.training.task.places import Box, apart, centre_is_at, reaches, side_of
+from sp_fast.training.task.places import Box, apart, reaches, side_of, starts
 from sp_fast.training.task.words import ANSWERS, COLOURS, PLACES, PRESENCE, SHAPES, Kind
 
 _KINDS = tuple(Kind(colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -57,6 +57,7 @@ class Scene:
     first: Thing  # whose side is asked for,
     second: Thing  # as seen from this one
     boxed: Thing
+    coloured: Thing
     coloured_at: str
     counted: Kind
     asked: dict[str, Kind]  # by the answer: one that is there, and one that is not
@@ -67,13 +68,14 @@ class _Cast(NamedTuple):
 
     unique: tuple[Kind, ...]  # located, first, second, boxed
     coloured: Kind
+    beside: Kind  # the other thing in its third
     counted: Kind
     asked: dict[str, Kind]
     others: list[Kind]
 
 
 class _Crowded(Exception):
-    """There was no place for a thing."""
+    """There was no place for a thing, or no kind of thing was left for one."""
 
 
 def goals(seed: int, split: str, index: int) -> dict[str, str]:
@@ -101,7 +103,7 @@ def compose_caption(rng: Random, size: int) -> list[tuple[Thing, str]]:
         board = _Board(rng, size)
         places = sorted(rng.sample(PLACES, rng.randint(*_CAPTIONED)), key=PLACES.index)
         try:
-            return [(board.put(rng.choice(_KINDS), lambda box, p=p: centre_is_at(box, p, size)), p) for p in places]
+            return [(board.put(rng.choice(_KINDS), place=p), p) for p in places]
         except _Crowded:
             continue
 
@@ -129,10 +131,13 @@ def _cast(rng: Random, goals: Mapping[str, str]) -> _Cast:
     coloured = rng.choice(fits)  # may be one of the counted: what is counted does not say what colour it has not
     to_count = [kind for kind in _KINDS if counted.covers(kind)]
     fillers = [kind for kind in free if kind not in unique]
+    beside = [kind for kind in fillers if kind.colour != coloured.colour and kind.shape != coloured.shape]
+    if not beside:
+        raise _Crowded
     others = [there]
     others += [rng.choice(to_count) for _ in range(int(goals["count"]) - counted.covers(coloured))]
     others += [rng.choice(fillers) for _ in range(rng.randint(0, _MOST_EXTRA))]
-    return _Cast(tuple(unique), coloured, counted, asked, others)
+    return _Cast(tuple(unique), coloured, rng.choice(beside), counted, asked, others)
 
 
 def _resembled(kind: Kind, others: Sequence[Kind]) -> bool:
@@ -142,16 +147,16 @@ def _resembled(kind: Kind, others: Sequence[Kind]) -> bool:
 
 def _place(rng: Random, cast: _Cast, goals: Mapping[str, str], size: int) -> Scene:
     board = _Board(rng, size)
-    alone = rng.choice([place for place in PLACES if place != goals["position"]])
-    board.put(cast.coloured, lambda box: centre_is_at(box, alone, size))
-    board.keep_free(alone)
-    located = board.put(cast.unique[0], lambda box: centre_is_at(box, goals["position"], size))
+    place = rng.choice([place for place in PLACES if place != goals["position"]])
+    coloured, _ = (board.put(kind, place=place) for kind in (cast.coloured, cast.beside))
+    board.keep_free(place)
+    located = board.put(cast.unique[0], place=goals["position"])
     first = board.put(cast.unique[1])
     second = board.put(cast.unique[2], lambda box: side_of(first.box, box) == goals["relation"])
     boxed = board.put(cast.unique[3])
     for kind in cast.others:
         board.put(kind)
-    return Scene(tuple(board.things), located, first, second, boxed, alone, cast.counted, cast.asked)
+    return Scene(tuple(board.things), located, first, second, boxed, coloured, place, cast.counted, cast.asked)
 
 
 class _Board:
@@ -166,13 +171,17 @@ class _Board:
         """Nothing more reaches into this third."""
         self._free = place
 
-    def put(self, kind: Kind, fits: Callable[[Box], bool] = lambda box: True) -> Thing:
-        """A thing of any extent where it fits. Raises _Crowded where no place is found."""
+    def put(self, kind: Kind, fits: Callable[[Box], bool] = lambda box: True, place: str | None = None) -> Thing:
+        """A thing of any extent where it fits, with its centre well inside of a third, if one is named. Raises _Crowded
+        where no place is found."""
         least, most = self._rng.choices(_EXTENTS, _OF_TEN)[0]
         extent = self._rng.randint(round(least * self._size), round(most * self._size))
         last = self._size - extent - 1  # a pixel of background stays around everything
+        across, down = (1, last), (1, last)
+        if place is not None:
+            across, down = starts(place, extent, self._size)
         for _ in range(_TRIES):
-            thing = Thing(kind, self._rng.randint(1, last), self._rng.randint(1, last), extent)
+            thing = Thing(kind, self._rng.randint(*across), self._rng.randint(*down), extent)
             kept = self._free is not None and reaches(thing.box, self._free, self._size)
             if not kept and fits(thing.box) and all(apart(thing.box, other.box, _GAP) for other in self.things):
                 self.things.append(thing)

@@ -37,9 +37,9 @@ QUESTIONS = {
         "Count the {kinds}.",
     ),
     "colour": (
-        "What colour is the shape at the {place}?",
-        "Which colour has the shape at the {place} of the image?",
-        "Name the colour of the shape at the {place}.",
+        "What colour is the {shape} at the {place}?",
+        "Which colour has the {shape} at the {place} of the image?",
+        "Name the colour of the {shape} at the {place}.",
     ),
     "presence": (
         "Is there a {kind}?",
@@ -107,7 +107,7 @@ def phrases() -> list[str]:
     phrasings = [phrasing for some in QUESTIONS.values() for phrasing in some]
     frames = [part for text in (*phrasings, _CAPTION_PART) for part in re.split(r"{\w+}", text) if part]
     kinds = [Kind(colour, shape) for colour in (*COLOURS, None) for shape in (*SHAPES, None) if colour or shape]
-    named = [str(kind) for kind in kinds if None not in kind]
+    named = [*SHAPES, *(str(kind) for kind in kinds if None not in kind)]
     answers = [answer for some in ANSWERS.values() for answer in some]
     tenths = [f"{i / 10:.1f}" for i in range(11)]  # of a box's edges, each followed by one digit
     joints = [", ", " and ", "[", "]", "\n"]
