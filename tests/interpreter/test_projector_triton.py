@@ -33,7 +33,6 @@ ACCURACY_SAMPLE = {
     (torch.float32, "sliding"),
     (torch.bfloat16, "conv336_24"),
     (torch.bfloat16, "conv336_conv_49"),
-    (torch.float16, "sliding"),
     (torch.float16, "tfm336"),
 }
 SAMPLE = {"dfi_cropping_nonfinite", "conv49", "tfm_pooling"}
