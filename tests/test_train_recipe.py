@@ -11,6 +11,8 @@ from sp_fast.errors import TrainingError
 from sp_fast.training.recipe import HELP, Recipe
 from sp_fast.training.record import read_run, write_recipe
 from sp_fast.training.settings import RECIPES, read_options, read_recipe
+from sp_fast.training.task.make import Task
+from sp_fast.training.task.parts import SCALES
 
 GIVEN = "--output run --data a.json --language-model lm --vision-tower tower"
 # As in the official scripts, but for paths.
@@ -217,17 +219,21 @@ def test_a_projector_may_be_spelled_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_the_tiny_recipes_can_be_used(stage):
-    recipe = read_recipe(stage, f"tiny-{stage}", read_options(GIVEN.split()))
-    assert (recipe.lora_rank, recipe.accumulation(1), recipe.attention) == (None, 1, "eager")
+@pytest.mark.parametrize(("scale", "attention"), [("tiny", "eager"), ("small", "auto")])
+def test_the_task_s_recipes_can_be_used(stage, scale, attention):
+    recipe = read_recipe(stage, f"{scale}-{stage}", read_options(GIVEN.split()))
+    assert (recipe.lora_rank, recipe.accumulation(1), recipe.attention) == (None, 1, attention)
 
 
-def test_the_tiny_projector_is_the_published_one_on_half_the_grid():
-    recipe = read_recipe("pretrain", "tiny-pretrain", read_options(GIVEN.split()))
-    found = SPProjectorConfig(**recipe.projector, grid=12, vision_width=64, text_width=128)
-    published = SPProjectorConfig()
-    assert [2 * k for k in found.kernel_sizes] == list(published.kernel_sizes)
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+def test_the_task_s_projectors_are_the_published_one_on_the_grid_of_their_tower(scale):
+    recipe = read_recipe("pretrain", f"{scale}-pretrain", read_options(GIVEN.split()))
+    sizes, published = SCALES[scale], SPProjectorConfig()
+    widths = {"vision_width": sizes.tower[0], "text_width": sizes.language[0]}
+    found = SPProjectorConfig(**recipe.projector, grid=Task().size // sizes.patch, **widths)
+    assert [k * published.grid // found.grid for k in found.kernel_sizes] == list(published.kernel_sizes)
     assert found.detail_sides == published.detail_sides
+    assert found.vision_width // found.spatial_width == published.vision_width // published.spatial_width
 
 
 def test_shipped_recipes_and_help_name_real_settings():
