@@ -63,7 +63,8 @@ def test_the_first_stage_trains_all_of_the_projector_and_nothing_else(two_stages
 def test_the_second_stage_begins_with_the_whole_projector_of_the_first(two_stages):
     folder, _, second = two_stages
     given = SPProjector.from_pretrained(folder / "pretrain" / "projector").state_dict()
-    found = read_parts(second).make_projector(0).state_dict()
+    trainer, _ = set_up("finetune", second, quiet)
+    found = trainer.model.get_base_model().model.multi_modal_projector.state_dict()
     assert given.keys() == found.keys()
     assert all(torch.equal(given[name], found[name]) for name in given)
 
