@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 
 import pytest
 import torch
@@ -35,6 +36,27 @@ def local_workers(monkeypatch):
         monkeypatch.setattr(module, "Worker", LocalWorker)
     monkeypatch.setattr(pool, "available_mib", lambda _: 1e6)
     monkeypatch.setattr(gc, "collect", lambda *_: 0)  # a fifth of a second in a process as full as pytest's
+
+
+@pytest.fixture
+def quick_runs(monkeypatch):
+    """Runs of training without what other tests look at."""
+    from tests.tiny_training import quicken
+
+    quicken(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def _everything(tmp_path_factory):
+    from tests.tiny_training import everything
+
+    return everything(tmp_path_factory.mktemp("everything"))
+
+
+@pytest.fixture
+def training_folder(_everything, tmp_path):
+    """A copy of a tiny run's parts, projector and data."""
+    return shutil.copytree(_everything, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 import pytest
 from rich.console import Console
 
-from sp_fast.bench import summary
+from sp_fast.bench import summary, train_formats
 from sp_fast.bench.execute import execute
 from sp_fast.bench.formats import to_table
 from sp_fast.bench.plan import projector_cases
 from sp_fast.bench.record import Sink
 from sp_fast.bench.run import Plan
+from sp_fast.bench.train_cases import projector_steps
+from sp_fast.bench.train_suite import PROJECTOR_STEP
 
 
 @pytest.mark.campaign
@@ -23,3 +25,17 @@ def test_speed_at_the_published_widths(direction, official, strongest):
     (row,) = summary.rows(outcome.records)
     assert row.speedups["reference"] >= official
     assert row.speedup >= strongest
+
+
+@pytest.mark.campaign
+def test_a_training_step_at_the_published_widths():
+    """Features given, torch's fused AdamW, a process for each implementation, of which the larger takes 16 GiB: at least
+    15 times the official form's speed, and no more memory at the peak."""
+    cases = projector_steps(["crop-dfi"], [1], ["float32"], {})
+    outcome = execute(Plan(cases, ("fast", "reference"), suite=PROJECTOR_STEP, turns=3), Sink(None), Console())
+    print(to_table(outcome.records))
+    assert outcome.code == 0
+    fast, reference = outcome.records
+    (row,) = train_formats.rows(outcome.records)
+    assert row.over_official("fast") >= 15
+    assert fast.peak_mib <= reference.peak_mib

@@ -33,6 +33,11 @@ def test_help_lists_every_setting():
     for stage in ("pretrain", "finetune"):
         said = CliRunner().invoke(app, ["train", stage, "--help"]).output
         assert all(f"--{name.replace('_', '-')}: " in said for name in HELP)
+    plain = " ".join(said.split())
+    assert "with null, finetune trains all of it. (128)" in plain  # of the published recipe
+    assert "Gradients are clipped to this norm; 0 leaves them. (1.0)" in plain  # of every recipe
+    assert "or a file; with null, the model's own. (vicuna_v1)" in plain
+    assert "Folder of the language model. --vision-tower" in plain  # of none
 
 
 def test_check_data_lists_every_bad_sample(folder):
@@ -69,6 +74,7 @@ def test_estimate_says_whether_it_fits(folder):
 def test_a_run_its_plot_and_its_errors(folder):
     out = call(folder, "finetune", "--max-steps=2", "--lora-rank=2")
     assert out.exit_code == 0, out.output
+    assert "GiB a process, by estimate: sp-fast train estimate shows the parts" in out.stderr
     assert "step 2/2" in out.stderr
     assert out.stdout == ""
     (folder / "run" / "loss.svg").unlink()
@@ -108,6 +114,7 @@ def test_an_interruption_has_its_exit_code(folder, monkeypatch):
     assert call(folder, "finetune").exit_code == 130
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_a_run_says_from_which_checkpoint_it_goes_on(folder, monkeypatch):
     words = ("--max-steps=2", "--lora-rank=2", "--save-steps=1")
     with monkeypatch.context() as patch:
@@ -118,6 +125,7 @@ def test_a_run_says_from_which_checkpoint_it_goes_on(folder, monkeypatch):
     assert f"resuming from {folder / 'run' / 'checkpoint-2'}" in out.stderr
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_a_run_is_merged_with_the_weights_that_it_began_with(folder):
     assert call(folder, "finetune", "--max-steps=1", "--lora-rank=2").exit_code == 0
     shutil.rmtree(folder / "start")  # the run has its own projector

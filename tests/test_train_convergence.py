@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_float64_training_is_the_references(folder):
     fast, reference = (raced(folder, 0, 12, form, torch.float64) for form in (fast_form, reference_of))
     assert reference.losses[-1] < reference.losses[0]

@@ -1,8 +1,10 @@
 """Damaged checkpoints: refused by name, and an older one is resumed from."""
 
 import io
+import os
 
 import pytest
+import torch
 
 from sp_fast.errors import TrainingError
 from sp_fast.training.manifest import Facts, verify, write_manifest
@@ -47,6 +49,25 @@ def test_a_damaged_one_is_refused_where_it_is_asked_for(whole, tmp_path):
     DAMAGES["optimizer.pt bit flipped midway"](tmp_path / "checkpoint-6", tmp_path / "checkpoint-5")
     with pytest.raises(TrainingError, match="checkpoint-6 .* optimizer.pt is not what was written"):
         run(tmp_path, resume=str(tmp_path / "checkpoint-6"))
+
+
+class RunsWhenRead:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_code_in_a_checkpoint_is_not_run(whole, tmp_path, monkeypatch, name):
+    """Under a manifest that is right."""
+    monkeypatch.chdir(tmp_path)
+    hostile = part_of(whole, tmp_path / "run", 5) / "checkpoint-5"
+    facts = verify(hostile).facts
+    torch.save({"state": RunsWhenRead()}, hostile / name)
+    (hostile / "manifest.json").unlink()
+    write_manifest(hostile, facts)
+    with pytest.raises(TrainingError, match=r"checkpoint-5 holds something else than tensors.*nothing of it was run"):
+        run(hostile.parent, resume=True)
+    assert names(tmp_path) == ["run"]
 
 
 def test_a_link_is_not_listed(tmp_path):

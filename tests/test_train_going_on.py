@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from sp_fast import SPProjector
 from sp_fast.errors import DataError, TrainingError
 from sp_fast.training import run
+from sp_fast.training.estimate import estimate
 from sp_fast.training.fingerprint import fingerprint
 from sp_fast.training.parts import read_parts
 from sp_fast.training.record import RECIPE, the_only_one
@@ -17,12 +18,14 @@ from sp_fast.training.result import FINISHED
 from sp_fast.training.run import arguments, train
 from tests import tiny, tiny_training
 from tests.helpers import randomised
-from tests.tiny_training import Watch, everything, quiet, recipe
+from tests.tiny_training import Watch, quiet, recipe
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return everything(tmp_path)
+def folder(training_folder):
+    return training_folder
 
 
 def settings_of(folder, **changes):
@@ -125,6 +128,7 @@ def test_other_frozen_weights_do_not_go_on(folder):
 
 
 def test_a_run_that_does_not_fit_says_so_before_it_loads(folder, monkeypatch):
+    monkeypatch.setattr(run, "estimate", estimate)
     monkeypatch.setattr(run, "free_memory", lambda: 1000)
     said = []
     monkeypatch.setattr(run.Assembly, "build", lambda *args: said.append("loaded"))

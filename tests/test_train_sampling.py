@@ -85,9 +85,9 @@ def test_the_loader_takes_batches_as_they_are():
 @pytest.mark.campaign
 def test_a_million_samples_take_less_than_two_seconds():
     sizes, has_images = data(1_000_000, 624_000)
-    start = time.perf_counter()
+    start = time.process_time()  # which other work on the machine does not lengthen
     found = order(sizes, has_images, 128)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     batches = sizes[found][: 1_000_000 // 128 * 128].reshape(-1, 128)
     padding = 1 - batches.sum() / (128 * batches.max(1)).sum()
     print(f"\n1,000,000 samples ordered in {seconds:.2f} s; {100 * padding:.1f}% of batches of 128 is padding")

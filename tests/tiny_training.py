@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback
 
 from sp_fast import SPProjector
+from sp_fast.training import log_file, run
+from sp_fast.training.estimate import Estimate
 from sp_fast.training.settings import read_recipe
 from tests import tiny
 from tests.helpers import randomised
@@ -73,6 +76,14 @@ def everything(folder):
     data(folder / "data", 16, text_only=(1, 2, 3, 4, 5))
     start(folder)
     return folder
+
+
+def quicken(patch):
+    """Runs without what costs them a second each and what tests of its own hold: the memory's estimate, the figure at
+    the end, and the Trainer's collections of garbage, slow in a process as full as pytest's."""
+    patch.setattr(run, "estimate", lambda *_: Estimate({"gradients": 2000}, 0, 1, 1, 1))
+    patch.setattr(log_file, "plot", lambda _: None)
+    patch.setattr(gc, "collect", lambda *_: 0)
 
 
 def quiet(text):

@@ -4,10 +4,12 @@ accelerate shards models on accelerators alone. Here it is told that these two p
 does then runs on gloo.
 """
 
+import multiprocessing
 import os
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing
 from accelerate import PartialState
@@ -15,7 +17,7 @@ from accelerate.utils import DistributedType
 
 from sp_fast.training.result import trained_tensors
 from sp_fast.training.run import set_up, train
-from tests.tiny_training import Watch, quiet, recipe
+from tests.tiny_training import Watch, quicken, quiet, recipe
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -64,6 +66,7 @@ def _work(rank, port, environment, function, arguments, folder):
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in world.items()}, **environment})
     torch.set_num_threads(1)
+    quicken(pytest.MonkeyPatch())
     try:
         if environment:
             _as_accelerators()
@@ -85,14 +88,16 @@ def _as_accelerators():
 
 
 def two_processes(function, *arguments, folder, fsdp=False):
-    """What a function returns on each of two processes."""
+    """What a function returns on each of two processes, forked by one that has the imports behind it."""
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload([__name__])
+    given = (port, FSDP if fsdp else {}, function, arguments, folder)
     try:
-        torch.multiprocessing.spawn(_work, (port, FSDP if fsdp else {}, function, arguments, folder), nprocs=2)
+        torch.multiprocessing.start_processes(_work, given, nprocs=2, start_method="forkserver")
     except Exception as error:
         said = [path.read_text() for path in sorted(Path(folder).glob("*.failed"))]
         raise AssertionError("\n".join(said)) from error

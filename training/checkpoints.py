@@ -11,8 +11,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -115,12 +117,17 @@ class AtomicCheckpoints:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        share = torch.load(Path(checkpoint, self._share), map_location="cpu", weights_only=True)
-        load_local_state(self.optimizer, share)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULER), weights_only=True))
+        with _nothing_is_run(checkpoint):
+            if not self.is_fsdp_enabled or checkpoint is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            share = torch.load(Path(checkpoint, self._share), map_location="cpu", weights_only=True)
+            load_local_state(self.optimizer, share)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULER), weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _nothing_is_run(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -250,6 +257,18 @@ class AtomicCheckpoints:
             if said is not None:
                 raise TrainingError(said if len(outcomes) == 1 else f"{said} (rank {rank})") from cause
         return outcomes[0][0]
+
+
+@contextmanager
+def _nothing_is_run(checkpoint: str | None) -> Iterator[None]:
+    """A manifest says that files are as they were written, not who wrote them."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise TrainingError(
+            f"{checkpoint} holds something else than tensors and numbers, which training never writes; nothing of it "
+            "was run: resume from another checkpoint"
+        ) from error
 
 
 def _share(rank: int) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sp_fast.training.command import JsonOption, execute, say
-from sp_fast.training.recipe import HELP
+from sp_fast.training.recipe import DEFAULTS, HELP
+from sp_fast.training.settings import published
 from sp_fast.training.study_cli import study, study_paths, study_show
 from sp_fast.training.task_cli import make_parts, make_task, score
 
@@ -23,9 +24,20 @@ if TYPE_CHECKING:
     from sp_fast.training.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Train LLaVA-SP: both stages of the paper, on one GPU or many.")
-_SETTINGS = "Settings, each --NAME VALUE or a line of the recipe:\n\n" + "\n\n".join(
-    f"--{name.replace('_', '-')}: {said}" for name, said in HELP.items()
-)
+
+
+def _settings(stage: str | None = None) -> str:
+    """Every setting, with the value that a stage's published recipe gives it, or that it has in all."""
+    values = DEFAULTS if stage is None else DEFAULTS | published(stage)
+    what = "what holds where the recipe is silent" if stage is None else "what the published recipe says"
+    head = f"Settings, each --NAME VALUE or a line of the recipe; in parentheses {what}:"
+    lines = [
+        f"--{name.replace('_', '-')}: {said}" + (f" ({str(values[name]).lower()})" if name in values else "")
+        for name, said in HELP.items()
+    ]
+    return "\n\n".join([head, *lines])
+
+
 _ANY = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigOption = Annotated[
     str | None, typer.Option(help="Recipe, a YAML file or a shipped one's name. Default: the stage's published one.")
@@ -33,7 +45,7 @@ ConfigOption = Annotated[
 StageArgument = Annotated[str, typer.Argument(help="pretrain or finetune.")]
 
 
-@app.command(context_settings=_ANY, epilog=_SETTINGS)
+@app.command(context_settings=_ANY, epilog=_settings("pretrain"))
 def pretrain(context: typer.Context, config: ConfigOption = None) -> None:
     """Stage 1: the projector alone. What was interrupted goes on where it was.
 
@@ -43,7 +55,7 @@ def pretrain(context: typer.Context, config: ConfigOption = None) -> None:
     _train("pretrain", config, context.args)
 
 
-@app.command(context_settings=_ANY, epilog=_SETTINGS)
+@app.command(context_settings=_ANY, epilog=_settings("finetune"))
 def finetune(context: typer.Context, config: ConfigOption = None) -> None:
     """Stage 2: LoRA on the language model (or all of it), and the projector. What was interrupted goes on.
 
@@ -52,7 +64,7 @@ def finetune(context: typer.Context, config: ConfigOption = None) -> None:
     _train("finetune", config, context.args)
 
 
-@app.command(context_settings=_ANY, epilog=_SETTINGS)
+@app.command(context_settings=_ANY, epilog=_settings())
 def estimate(
     context: typer.Context,
     stage: StageArgument,
@@ -85,7 +97,7 @@ def estimate(
     execute("estimate", command)
 
 
-@app.command("check-data", context_settings=_ANY, epilog=_SETTINGS)
+@app.command("check-data", context_settings=_ANY, epilog=_settings())
 def check_data(
     context: typer.Context,
     stage: StageArgument,

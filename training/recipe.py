@@ -6,7 +6,7 @@ Importing this takes neither torch nor transformers, so that --help answers at o
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,21 +37,24 @@ class Recipe:
     ] = None
     tokenizer: Annotated[Path | None, "Folder of the tokenizer, where it is not the language model's."] = None
     image_folder: Annotated[Path | None, "Where the data's images are, and stay. Default: beside the data."] = None
-    template: Annotated[str | None, "Chat template: plain, vicuna_v1, or a file. Default: the model's own."] = None
+    template: Annotated[str | None, "Chat template: plain, vicuna_v1, or a file; with null, the model's own."] = None
     max_length: Annotated[int, "Tokens of a sample, image tokens included; longer ones are cut at the end."] = 2048
     bad_samples: Annotated[
-        Literal["stop", "skip"], "What happens where a sample cannot be used: it is named in any case."
+        Literal["stop", "skip"], "Where a sample cannot be used, stop or skip: it is named in any case."
     ] = "stop"
     group_by_length: Annotated[bool, "Batches of samples of like length, with images or all without."] = True
     workers: Annotated[int, "Processes that read data."] = 4
-    lora_rank: Annotated[int | None, "Rank of LoRA on the language model; without it finetune trains all of it."] = None
+    lora_rank: Annotated[int | None, "Rank of LoRA on the language model; with null, finetune trains all of it."] = None
     lora_alpha: Annotated[float | None, "LoRA's alpha. Default: twice the rank."] = None
     lora_dropout: Annotated[float, "LoRA's dropout."] = 0.05
     learning_rate: Annotated[float, "Highest learning rate (of the projector in pretrain)."] = 1e-3
     projector_learning_rate: Annotated[float | None, "The projector's own in finetune. Default: the same."] = None
     weight_decay: Annotated[float, "AdamW's weight decay, of matrices."] = 0.0
     warmup_ratio: Annotated[float, "Share of the steps in which the learning rate rises."] = 0.03
-    schedule: Annotated[Literal["cosine", "linear", "constant_with_warmup"], "Learning rate after that."] = "cosine"
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant_with_warmup"],
+        "Learning rate after that: cosine, linear or constant_with_warmup.",
+    ] = "cosine"
     epochs: Annotated[float, "Passes over the data."] = 1.0
     max_steps: Annotated[int | None, "Steps, instead of epochs."] = None
     max_grad_norm: Annotated[float, "Gradients are clipped to this norm; 0 leaves them."] = 1.0
@@ -59,7 +62,8 @@ class Recipe:
     global_batch_size: Annotated[int | None, "Samples of a step, over all processes and accumulated."] = None
     gradient_accumulation_steps: Annotated[int | None, "Instead of the global batch size."] = None
     dtype: Annotated[
-        Literal["bfloat16", "float32"], "Of frozen weights and of what is computed; trained ones are float32."
+        Literal["bfloat16", "float32"],
+        "Of frozen weights and of what is computed, bfloat16 or float32; trained ones are float32.",
     ] = "bfloat16"
     gradient_checkpointing: Annotated[
         bool, "Compute the language model's layers again in the backward: less memory."
@@ -151,3 +155,5 @@ def _plain(value: Any) -> Any:
 
 #: what each setting says to the user
 HELP = {name: hint.__metadata__[0] for name, hint in typing.get_type_hints(Recipe, include_extras=True).items()}
+#: what settings are where nobody says it; those that are nothing then are left out
+DEFAULTS = {one.name: one.default for one in fields(Recipe) if one.default not in (MISSING, None)}

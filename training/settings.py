@@ -66,6 +66,11 @@ def read_options(words: Sequence[str]) -> dict[str, Any]:
     return {name: values[0] if len(values) == 1 else values or True for name, values in found.items()}
 
 
+def published(stage: str) -> Mapping[str, Any]:
+    """What the stage's shipped recipe says."""
+    return _read_yaml(RECIPES / f"{stage}.yaml")
+
+
 def _recipe_file(config: str) -> Path:
     for path in (Path(config), RECIPES / f"{config}.yaml"):
         if path.is_file():

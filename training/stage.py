@@ -3,6 +3,7 @@ Tab. 11). The vision tower is frozen in both."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,9 @@ def with_lora(model: LlavaSpForConditionalGeneration, rank: int, alpha: float, d
     kinds = {name.rpartition(".")[2] for name, m in model.model.language_model.named_modules() if type(m) is nn.Linear}
     target = rf"model\.{LANGUAGE}\..*\.({'|'.join(sorted(kinds))})"
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, task_type="CAUSAL_LM")
-    return get_peft_model(model, config, adapter_name=ADAPTER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # a name that PEFT asks for
+        return get_peft_model(model, config, adapter_name=ADAPTER)
 
 
 def part_of(name: str) -> str:
