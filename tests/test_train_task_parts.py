@@ -145,11 +145,11 @@ class TestSeeing:
             where[mask_of(thing.kind.shape, thing.extent)] = (
                 1 + COLOURS.index(thing.kind.colour), 1 + SHAPES.index(thing.kind.shape),
             )  # fmt: skip
-        for number, label in enumerate(labels):
-            row, column = divmod(number, size // patch)
+        for number, (*label, row, column) in enumerate(labels):
+            assert (row, column) == divmod(number, size // patch)
             pixels = shown[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].reshape(-1, 2)
             kinds, counts = np.unique(pixels[pixels[:, 0] > 0], axis=0, return_counts=True)
-            if label.any():
+            if any(label):
                 assert counts[(kinds == label).all(1)] == counts.max() > patch**2 / 10
             else:
                 assert counts.max(initial=0) <= patch**2 / 10
@@ -164,18 +164,20 @@ class TestSeeing:
         torch.testing.assert_close(normalised(torch.from_numpy(pixels)[None]), expected)
 
     def test_it_learns(self):
-        tower = make_tower(16, 2, 2, 8, 32, 0)
+        tower = make_tower(32, 2, 2, 8, 32, 0)
         losses = []
         known = teach_seeing(tower, 64, Lessons(60, 8, 3e-3), 0, lambda i, n, loss: losses.append(loss))
         assert losses[-1] < 0.5 * losses[0]
-        assert set(known) == {"colour", "shape"}
+        assert set(known) == {"colour", "shape", "row", "column"}
         assert not tower.training
 
-    def test_the_loss_is_that_of_both_labels(self):
-        logits, labels = torch.full((1, 2, 12), -30.0), torch.tensor([[[3, 1], [0, 0]]])
-        logits[0, 0, [3, 7 + 1]] = logits[0, 1, [0, 7]] = 30.0
+    @pytest.mark.parametrize("wrong", range(4))
+    def test_the_loss_is_that_of_every_label(self, wrong):
+        labels = torch.tensor([[[3, 1, 0, 2], [0, 0, 1, 1]]])
+        logits = [60.0 * torch.nn.functional.one_hot(some, 7) for some in labels.unbind(-1)]
         assert loss(logits, labels) < 1e-6
-        assert loss(logits, labels.roll(1, 1)) > 20
+        labels[..., wrong] = labels[..., wrong].flip(1) + 1
+        assert loss(logits, labels) > 20
 
 
 class TestParts:
@@ -190,7 +192,7 @@ class TestParts:
             app, ["train", "make-parts", "--out", str(tmp_path / "p"), "--size", "32", "--json"]
         )
         assert result.exit_code == 0, result.output
-        assert set(json.loads(result.stdout)["accuracy"]) == {"colour", "shape", "reading"}
+        assert set(json.loads(result.stdout)["accuracy"]) == {"colour", "shape", "row", "column", "reading"}
         assert json.loads((tmp_path / "p" / "parts.json").read_text())["tower"] == [16, 2, 2]
         CLIPVisionModel.from_pretrained(tmp_path / "p" / "vision-tower")
         Qwen2ForCausalLM.from_pretrained(tmp_path / "p" / "language-model")
