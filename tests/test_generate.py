@@ -106,8 +106,23 @@ def test_temperature_samples_by_seed(loaded, folder):
 def test_new_tokens_stop_at_the_context(loaded):
     found = next(answer(loaded, [Request("x" * 300)], Settings(max_new_tokens=500)))
     assert found.prompt_tokens + found.new_tokens == 512
-    with pytest.raises(ValueError, match="context is 512"):
+    with pytest.raises(ConfigError, match="^the prompt has .* context is 512"):
         next(answer(loaded, [Request("x" * 400)], GREEDY))
+
+
+def test_a_prompt_beyond_the_context_is_named_before_anything_runs(folder, loaded):
+    asked = [Request("fine", (), 1), Request("x" * 400, (), 2)]
+    with pytest.raises(ConfigError, match="request 2: the prompt has .* context is 512"):
+        next(answer(loaded, asked, Settings(max_new_tokens=1, batch_size=1)))
+
+
+def test_a_prompt_near_the_context_takes_no_room_from_its_batch(loaded):
+    asked = [Request(text, (), text) for text in ("a", "x" * 505, "b", "c")]
+    alone, together = (
+        list(answer(loaded, asked, Settings(max_new_tokens=16, batch_size=size, chat=False))) for size in (1, 4)
+    )
+    assert [a.new_tokens for a in together] == [16, 512 - together[1].prompt_tokens, 16, 16]
+    assert [(a.id, a.text) for a in together] == [(a.id, a.text) for a in alone]
 
 
 def test_settings_have_bounds():

@@ -166,17 +166,13 @@ class LlavaSpForConditionalGeneration(LlavaSpPreTrainedModel, LlavaForConditiona
         """As in transformers.
 
         Raises:
-            ValueError: a prompt as long as the language model's context, or longer, image tokens included.
+            ConfigError: a prompt as long as the language model's context, or longer, image tokens included.
         """
         prompt = next(
             (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
         )
-        context = self.config.context
-        if prompt is not None and prompt.shape[1] >= context:
-            raise ValueError(
-                f"the prompt has {prompt.shape[1]} tokens, image tokens included ({self.config.image_seq_length} an "
-                f"image), but the language model's context is {context}: shorten it, or leave images out"
-            )
+        if prompt is not None:
+            self.config.check_prompt(prompt.shape[1])
         return super().generate(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
