@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sp_fast.cli import app
@@ -19,6 +20,7 @@ from sp_fast.llava_sp import loading
 from sp_fast.llava_sp.answering import Request, Settings, answer, prompt_tokens, read_requests
 from sp_fast.llava_sp.loading import load_model
 from tests import tiny
+from tests.official import edit
 
 GREEDY = Settings(max_new_tokens=12)
 
@@ -274,6 +276,38 @@ def no_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
 
 
+def adapter(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def changed(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def lost_weight(folder):
+    changed(folder, lambda tensors: tensors.pop("model.language_model.layers.0.mlp.up_proj.weight"))
+
+
+def unmerged(folder):
+    name = "model.language_model.layers.0.mlp.up_proj."
+    changed(folder, lambda tensors: tensors.update({f"{name}base_layer.weight": tensors.pop(f"{name}weight")}))
+
+
+def whole_numbers(folder, part="model.multi_modal_projector.output"):
+    changed(folder, lambda tensors: tensors.update({f"{part}.weight": tensors[f"{part}.weight"].to(torch.int8)}))
+
+
+def quantised(folder):
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    whole_numbers(folder)
+
+
+def quantised_unsaid(folder):
+    whole_numbers(folder, "lm_head")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -281,6 +315,12 @@ def no_tokenizer(folder):
         (truncated, "truncated or damaged"),
         (no_config, "config.json cannot be read"),
         (no_tokenizer, "cannot be loaded"),
+        (adapter, "is an adapter, which is no model on its own: .* merged into"),
+        (lost_weight, r"lacks model.language_model.layers.0.mlp.up_proj.weight: convert"),
+        (unmerged, "base_layer.weight: adapters, .* must be merged or removed first"),
+        (whole_numbers, r"quantised where it must not be, in model.multi_modal_projector.output.weight: .*left .* out"),
+        (quantised, r"quantised where it must not be, in model.multi_modal_projector.output.weight: .*left .* out"),
+        (quantised_unsaid, "quantised where it must not be, in lm_head.weight"),
     ],
 )
 def test_a_folder_that_is_no_model(folder, tmp_path, damage, message):
