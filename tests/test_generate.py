@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import pty
 import socket
-import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TextStreamer
 from typer.testing import CliRunner
 
 from sp_fast.cli import app
 from sp_fast.errors import BackendError, CheckpointError, ConfigError, ImageError, ResourceError
+from sp_fast.generate_cli import generate
 from sp_fast.llava_sp import loading
 from sp_fast.llava_sp.answering import Request, Settings, answer, prompt_tokens, read_requests
 from sp_fast.llava_sp.loading import load_model
@@ -165,17 +165,23 @@ def test_a_file_of_prompts(folder, loaded):
     assert [line["text"] for line in found] == [a.text for a in expected]
 
 
-def test_a_terminal_gets_the_text_as_it_comes(folder, loaded):
-    expected = next(answer(loaded, [Request("what?", (folder / "0.png",))], GREEDY))
-    master, slave = pty.openpty()
-    command = [
-        sys.executable, "-m", "sp_fast", "generate", "--model", folder, "--image", folder / "0.png", "--prompt", "what?",
-        "--max-new-tokens", "12",
-    ]  # fmt: skip
-    subprocess.run(command, stdout=slave, stderr=subprocess.DEVNULL, check=True)
-    os.close(slave)
-    shown = os.read(master, 10_000).decode().replace("\r\n", "\n")
-    assert shown.strip() == expected.text
+def test_a_terminal_gets_the_text_as_it_comes(folder, loaded, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    expected, pieces = next(answer(loaded, [Request("what?", (folder / "0.png",))], GREEDY)), []
+    show = TextStreamer.on_finalized_text
+
+    def noted(self, text, stream_end=False):
+        pieces.append(text)
+        show(self, text, stream_end)
+
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", noted)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    generate(model=folder, image=[folder / "0.png"], prompt="what?", max_new_tokens=12)
+    assert sys.stdout.getvalue().strip() == expected.text
+    assert len(pieces) == 12 + 1  # one a token, and the end
 
 
 def test_compiled(folder, loaded):
