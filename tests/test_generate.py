@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import pty
 import socket
-import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import TextStreamer
 from typer.testing import CliRunner
 
 from sp_fast.cli import app
 from sp_fast.errors import BackendError, CheckpointError, ConfigError, ImageError, ResourceError
+from sp_fast.generate_cli import generate
 from sp_fast.llava_sp import loading
 from sp_fast.llava_sp.answering import Request, Settings, answer, prompt_tokens, read_requests
 from sp_fast.llava_sp.loading import load_model
 from tests import tiny
+from tests.official import edit
 
 GREEDY = Settings(max_new_tokens=12)
 
@@ -106,8 +108,23 @@ def test_temperature_samples_by_seed(loaded, folder):
 def test_new_tokens_stop_at_the_context(loaded):
     found = next(answer(loaded, [Request("x" * 300)], Settings(max_new_tokens=500)))
     assert found.prompt_tokens + found.new_tokens == 512
-    with pytest.raises(ValueError, match="context is 512"):
+    with pytest.raises(ConfigError, match="^the prompt has .* context is 512"):
         next(answer(loaded, [Request("x" * 400)], GREEDY))
+
+
+def test_a_prompt_beyond_the_context_is_named_before_anything_runs(folder, loaded):
+    asked = [Request("fine", (), 1), Request("x" * 400, (), 2)]
+    with pytest.raises(ConfigError, match="request 2: the prompt has .* context is 512"):
+        next(answer(loaded, asked, Settings(max_new_tokens=1, batch_size=1)))
+
+
+def test_a_prompt_near_the_context_takes_no_room_from_its_batch(loaded):
+    asked = [Request(text, (), text) for text in ("a", "x" * 505, "b", "c")]
+    alone, together = (
+        list(answer(loaded, asked, Settings(max_new_tokens=16, batch_size=size, chat=False))) for size in (1, 4)
+    )
+    assert [a.new_tokens for a in together] == [16, 512 - together[1].prompt_tokens, 16, 16]
+    assert [(a.id, a.text) for a in together] == [(a.id, a.text) for a in alone]
 
 
 def test_settings_have_bounds():
@@ -148,17 +165,23 @@ def test_a_file_of_prompts(folder, loaded):
     assert [line["text"] for line in found] == [a.text for a in expected]
 
 
-def test_a_terminal_gets_the_text_as_it_comes(folder, loaded):
-    expected = next(answer(loaded, [Request("what?", (folder / "0.png",))], GREEDY))
-    master, slave = pty.openpty()
-    command = [
-        sys.executable, "-m", "sp_fast", "generate", "--model", folder, "--image", folder / "0.png", "--prompt", "what?",
-        "--max-new-tokens", "12",
-    ]  # fmt: skip
-    subprocess.run(command, stdout=slave, stderr=subprocess.DEVNULL, check=True)
-    os.close(slave)
-    shown = os.read(master, 10_000).decode().replace("\r\n", "\n")
-    assert shown.strip() == expected.text
+def test_a_terminal_gets_the_text_as_it_comes(folder, loaded, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    expected, pieces = next(answer(loaded, [Request("what?", (folder / "0.png",))], GREEDY)), []
+    show = TextStreamer.on_finalized_text
+
+    def noted(self, text, stream_end=False):
+        pieces.append(text)
+        show(self, text, stream_end)
+
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", noted)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    generate(model=folder, image=[folder / "0.png"], prompt="what?", max_new_tokens=12)
+    assert sys.stdout.getvalue().strip() == expected.text
+    assert len(pieces) == 12 + 1  # one a token, and the end
 
 
 def test_compiled(folder, loaded):
@@ -259,6 +282,38 @@ def no_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
 
 
+def adapter(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def changed(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def lost_weight(folder):
+    changed(folder, lambda tensors: tensors.pop("model.language_model.layers.0.mlp.up_proj.weight"))
+
+
+def unmerged(folder):
+    name = "model.language_model.layers.0.mlp.up_proj."
+    changed(folder, lambda tensors: tensors.update({f"{name}base_layer.weight": tensors.pop(f"{name}weight")}))
+
+
+def whole_numbers(folder, part="model.multi_modal_projector.output"):
+    changed(folder, lambda tensors: tensors.update({f"{part}.weight": tensors[f"{part}.weight"].to(torch.int8)}))
+
+
+def quantised(folder):
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    whole_numbers(folder)
+
+
+def quantised_unsaid(folder):
+    whole_numbers(folder, "lm_head")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -266,6 +321,12 @@ def no_tokenizer(folder):
         (truncated, "truncated or damaged"),
         (no_config, "config.json cannot be read"),
         (no_tokenizer, "cannot be loaded"),
+        (adapter, "is an adapter, which is no model on its own: .* merged into"),
+        (lost_weight, r"lacks model.language_model.layers.0.mlp.up_proj.weight: convert"),
+        (unmerged, "base_layer.weight: adapters, .* must be merged or removed first"),
+        (whole_numbers, r"quantised where it must not be, in model.multi_modal_projector.output.weight: .*left .* out"),
+        (quantised, r"quantised where it must not be, in model.multi_modal_projector.output.weight: .*left .* out"),
+        (quantised_unsaid, "quantised where it must not be, in lm_head.weight"),
     ],
 )
 def test_a_folder_that_is_no_model(folder, tmp_path, damage, message):

@@ -77,16 +77,27 @@ def test_a_lost_projector_weight_is_an_error(saved):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
-def test_a_quantised_projector_is_an_error(saved, monkeypatch):
+def test_a_projector_saved_with_adapters_around_it_is_an_error(saved):
+    model, folder = saved
+    get_peft_model(model, LoraConfig(r=2, target_modules=["multi_modal_projector.output"]))
+    model.save_pretrained(folder)
+    with pytest.raises(
+        CheckpointError, match=r"multi_modal_projector.output.base_layer.weight.* must be merged or removed first"
+    ):
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_quantised_projector_is_an_error(saved, dtype, monkeypatch):
     model, folder = saved
 
     def quantised(*_, **__):
         output = model.model.multi_modal_projector.output
-        output.weight = torch.nn.Parameter(output.weight.detach().to(torch.int8), requires_grad=False)
+        output.weight = torch.nn.Parameter(output.weight.detach().to(dtype), requires_grad=False)
         return model, {"missing_keys": set()}
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", quantised)
-    with pytest.raises(CheckpointError, match=r"projector.output.weight was quantised to torch.int8.*skip_modules"):
+    with pytest.raises(CheckpointError, match=rf"projector.output.weight was quantised to {dtype}.*skip_modules"):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 

@@ -128,14 +128,25 @@ def answer(
 ) -> Iterator[Answer]:
     """Answers in the order of the requests, batch by batch; a streamer is for a single one.
 
+    A prompt that leaves less than ``max_new_tokens`` of the context runs alone: its batch would have no more either.
+
     Raises:
-        ImageError: an image that cannot be read, with the request's id.
-        ValueError: a prompt beyond the model's context.
+        ConfigError: a prompt as long as the model's context, or longer, before anything runs.
+        ImageError: an image that cannot be read.
     """
+    requests, config = list(requests), ready.model.config
+    lengths = [prompt_tokens(ready, request, settings.chat) for request in requests]
+    for request, length in zip(requests, lengths, strict=True):
+        try:
+            config.check_prompt(length)
+        except ConfigError as error:
+            raise ConfigError(_of(request, error)) from error
     if settings.temperature:
         torch.manual_seed(settings.seed)
-    for batch in batches(requests, settings.batch_size):
-        yield from _answer(ready, batch, settings, streamer)
+    fits = [length + settings.max_new_tokens <= config.context for length in lengths]
+    for fit, alike in itertools.groupby(zip(fits, requests, strict=True), key=lambda pair: pair[0]):
+        for batch in batches((request for _, request in alike), settings.batch_size if fit else 1):
+            yield from _answer(ready, batch, settings, streamer)
 
 
 def batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
@@ -162,7 +173,7 @@ def _answer(
     start = time.perf_counter()
     ids = model.generate(
         **inputs, **sampling, streamer=clock if len(batch) == 1 else None,
-        max_new_tokens=max(1, min(settings.max_new_tokens, model.config.context - length)),
+        max_new_tokens=min(settings.max_new_tokens, model.config.context - length),
     )  # fmt: skip
     ids = ids[:, length:].cpu()  # which waits for the device
     seconds = time.perf_counter() - start
@@ -199,8 +210,12 @@ def _images(batch: Sequence[Request]) -> list[Image.Image]:
             try:
                 found.append(load_image(path))
             except ImageError as error:
-                raise ImageError(str(error) if request.id is None else f"request {request.id}: {error}") from error
+                raise ImageError(_of(request, error)) from error
     return found
+
+
+def _of(request: Request, error: Exception) -> str:
+    return str(error) if request.id is None else f"request {request.id}: {error}"
 
 
 def _until_end(model: Any, row: Tensor) -> int:

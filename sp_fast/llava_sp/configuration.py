@@ -60,6 +60,14 @@ class LlavaSpConfig(LlavaConfig):
         """Tokens that the language model's positions reach, image tokens included."""
         return getattr(self.text_config, "max_position_embeddings", sys.maxsize)
 
+    def check_prompt(self, tokens: int) -> None:
+        """Raises ConfigError for a prompt of so many tokens, those of images included, that fills the context."""
+        if tokens >= self.context:
+            raise ConfigError(
+                f"the prompt has {tokens} tokens, image tokens included ({self.image_seq_length} an image), but the "
+                f"language model's context is {self.context}: shorten it, or leave images out"
+            )
+
     def _fitting(self, given: dict[str, Any] | str | None) -> SPProjectorConfig:
         vision, text = self.vision_config, self.text_config
         parts = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoProcessor
@@ -15,8 +17,12 @@ from sp_fast.attention import VISION_TOWER, Attention, attention_on
 from sp_fast.doctor.gather import host
 from sp_fast.errors import BackendError, CheckpointError, ResourceError, first_line
 from sp_fast.llava_sp.configuration import LlavaSpConfig
+from sp_fast.llava_sp.lora import is_adapter
 from sp_fast.llava_sp.modeling import LlavaSpForConditionalGeneration
+from sp_fast.llava_sp.official_names import PROJECTOR
 from sp_fast.llava_sp.processing import LlavaSpProcessor
+from sp_fast.recognise import listed
+from sp_fast.stored_tensor import StoredTensor
 from sp_fast.tensor_files import read_json, stored_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,23 +62,27 @@ def load_model(
         compiled: whether it will be given to ``compile_model``.
 
     Raises:
-        CheckpointError: no such folder, another model's, or one that is not whole.
+        CheckpointError: no such folder, an adapter, another model's, one that is not whole, or a quantised projector.
         BackendError: a device, number type or attention that cannot run here.
         ResourceError: the weights do not fit into memory.
     """
     path = Path(folder)
-    _check_folder(path)
+    config = _check_folder(path)
     where = _device(device)
-    tensors = stored_tensors(path)[1].values()
-    stored = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    tensors = stored_tensors(path)[1]
+    _check_unquantised(path, config, tensors)
+    stored = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.dtype}
     kind, reason = _dtype(dtype, stored, where)
-    _check_memory(path, sum(math.prod(tensor.shape) for tensor in tensors) * kind.itemsize, where)
+    _check_memory(path, sum(math.prod(tensor.shape) for tensor in tensors.values()) * kind.itemsize, where)
     chosen = COMPILED if compiled and attention == "auto" else attention_on(attention, where, kind)
     names = {"text_config": chosen.name, "vision_config": VISION_TOWER.name}
     try:
-        model = LlavaSpForConditionalGeneration.from_pretrained(
-            path, dtype=kind, device_map={"": where}, attn_implementation=names, local_files_only=True
-        )
+        model, info = LlavaSpForConditionalGeneration.from_pretrained(
+            path, dtype=kind, device_map={"": where}, attn_implementation=names, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        if lost := info["missing_keys"]:  # for which transformers takes random ones
+            raise CheckpointError(f"{path} lacks {listed(lost)}: convert or fetch it again")
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     except (CheckpointError, BackendError):
         raise
@@ -85,9 +95,15 @@ def load_model(
     return Loaded(model.eval(), processor, chosen, reason)
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path) -> dict[str, Any]:
+    """Its config.json."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder: give a local LLaVA-SP model; nothing is downloaded")
+    if is_adapter(path):
+        raise CheckpointError(
+            f"{path} is an adapter, which is no model on its own: give one that it is merged into (sp-fast train merge "
+            "makes one of a run, sp-fast convert --base of an official LoRA folder, merge_and_unload() of PEFT's)"
+        )
     try:
         config = read_json(path / "config.json")
     except (OSError, ValueError) as error:
@@ -97,6 +113,19 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(
             f"{path} is of model_type {found!r}, not {LlavaSpConfig.model_type!r}: sp-fast convert makes one from an "
             "official checkpoint"
+        )
+    return config
+
+
+def _check_unquantised(path: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """A language model may be quantised, and says so; whole numbers anywhere else would be read as the weights."""
+    odd = [name for name, tensor in tensors.items() if tensor.dtype is None]
+    if "quantization_config" in config:
+        odd = [name for name in odd if name.startswith(PROJECTOR)]
+    if odd:
+        raise CheckpointError(
+            f"{path} is quantised where it must not be, in {listed(odd)}: give the model from before quantisation, or "
+            f"one whose quantisation left {PROJECTOR.removesuffix('.')} out"
         )
 
 

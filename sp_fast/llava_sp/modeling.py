@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 
 from sp_fast.errors import CheckpointError
 from sp_fast.llava_sp.configuration import LlavaSpConfig
+from sp_fast.llava_sp.official_names import refuse_unmerged
 from sp_fast.llava_sp.tower import patch_features
 from sp_fast.projector import SPProjector
 from sp_fast.recognise import listed
@@ -40,11 +41,14 @@ class LlavaSpPreTrainedModel(LlavaPreTrainedModel):
 
         Raises:
             CheckpointError: projector weights are missing, which transformers would replace by random ones, or were
-                quantised.
+                quantised; or the model was saved with adapters around its layers.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        where = args[0] if args else "the state dict"
+        if info["missing_keys"]:
+            refuse_unmerged(where, info["unexpected_keys"])
         for name, parameter in model.get_submodule(f"{cls._core}{PROJECTOR}").named_parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or parameter.itemsize < 2:
                 raise CheckpointError(
                     f"{PROJECTOR}.{name} was quantised to {parameter.dtype}, which the projector does not compute "
                     f"with: leave it out (llm_int8_skip_modules=['{PROJECTOR}', 'lm_head'] in BitsAndBytesConfig, "
@@ -53,7 +57,7 @@ class LlavaSpPreTrainedModel(LlavaPreTrainedModel):
         unfilled = {*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))}
         if lost := [key for key in unfilled if PROJECTOR in key]:
             raise CheckpointError(
-                f"{args[0] if args else 'the state dict'} lacks {listed(lost)}: give a whole LLaVA-SP checkpoint of "
+                f"{where} lacks {listed(lost)}: give a whole LLaVA-SP checkpoint of "
                 "this configuration (sp-fast convert makes one from official files)"
             )
         return (model, info) if output_loading_info else model
@@ -166,17 +170,13 @@ class LlavaSpForConditionalGeneration(LlavaSpPreTrainedModel, LlavaForConditiona
         """As in transformers.
 
         Raises:
-            ValueError: a prompt as long as the language model's context, or longer, image tokens included.
+            ConfigError: a prompt as long as the language model's context, or longer, image tokens included.
         """
         prompt = next(
             (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
         )
-        context = self.config.context
-        if prompt is not None and prompt.shape[1] >= context:
-            raise ValueError(
-                f"the prompt has {prompt.shape[1]} tokens, image tokens included ({self.config.image_seq_length} an "
-                f"image), but the language model's context is {context}: shorten it, or leave images out"
-            )
+        if prompt is not None:
+            self.config.check_prompt(prompt.shape[1])
         return super().generate(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
