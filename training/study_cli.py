@@ -33,7 +33,7 @@ def study(
     out: OutOption,
     recipe: RecipeOption = "tiny",
     arm: Annotated[list[str] | None, typer.Option(help="An arm; may be repeated. Default: all.")] = None,
-    headline: Annotated[bool, typer.Option("--headline", help="mlp, crop, pool, crop-dfi and pool-dfi.")] = False,
+    headline: Annotated[bool, typer.Option("--headline", help="mlp, crop-dfi and pool-dfi.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
     images: Annotated[int | None, typer.Option(min=1, help="The first so many held-out images. Default: all.")] = None,
     workers: WorkersOption = 2,
