@@ -98,7 +98,7 @@ def test_arms_are_those_of_the_paper():
     assert halved["12-tokens"].kernel_sizes == tuple(range(1, 13))
     assert [halved[f"detail-{kernel}"].detail_kernel for kernel in (4, 8, 12)] == [2, 4, 6]
     assert halved["sliding"].levels == ((4, 6),) * 6
-    assert HEADLINE == ("mlp", "crop", "pool", "crop-dfi", "pool-dfi")
+    assert HEADLINE == ("mlp", "crop-dfi", "pool-dfi")
     whole = ARMS["pool-dfi"].config(24, 1024, 4096)
     assert whole == SPProjectorConfig.variant("conv336_adptive_pooling_fuse_49")
     with pytest.raises(ConfigError, match=r"'crop' has kernel_sizes 4 on the published 24x24 grid.*8x8"):
