@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sp_fast import ReferenceSPProjector, SPProjector, SPProjectorConfig, geometry
-from sp_fast.checkpoint import fill, official_entries
+from sp_fast.checkpoint import fill, reference_entries
 from sp_fast.integrator import finite_where
 from sp_fast.interface import ProjectorOutput
 from sp_fast.kernels.pooled_rows import pooled_rows
@@ -67,7 +67,7 @@ class Fast(Implementation):
     def __init__(self, config: SPProjectorConfig, weights: Weights, device: torch.device) -> None:
         sum_in_float32()
         self.module = SPProjector(config, device="meta", dtype=_dtype(weights)).to_empty(device=device)
-        places = official_entries(self.module)
+        places = reference_entries(self.module)
         fill("the weights", self.module, places, weights)
         self.module.eval()
         self._places = {entry.official: entry for entry in places}

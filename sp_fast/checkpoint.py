@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sp_fast import compact_layout
+from sp_fast.compact_config import COMPACT
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError, ConfigError, first_line
-from sp_fast.layout import MERGE_FIRST, Entry, entries
+from sp_fast.layout import MERGE_FIRST, Entry
 from sp_fast.recognise import check_size, check_whole, listed, official_keys, projector_names, recognise
 from sp_fast.reference import ReferenceSPProjector
 from sp_fast.stored_tensor import DTYPES, StoredTensor
@@ -85,9 +87,23 @@ def official_shapes(config: SPProjectorConfig) -> dict[str, tuple[int, ...]]:
 def official_entries(projector: nn.Module) -> list[Entry]:
     """Where each official tensor lies in the projector's parameters.
 
-    Raises CheckpointError where they are not those of its configuration: an export of them would not be whole.
+    Raises CheckpointError for a compact projector, which has no official form, and where parameters are not those of
+    the configuration: an export of them would not be whole.
     """
-    places = entries(projector.config, (name for name, _ in projector.named_parameters()))
+    if projector.config.extractor in COMPACT:
+        raise CheckpointError(
+            f"a projector with extractor={projector.config.extractor!r} has no official form: write the full one that "
+            "equals it, expanded().official_state_dict(), or keep this one with save_pretrained"
+        )
+    return reference_entries(projector)
+
+
+def reference_entries(projector: nn.Module) -> list[Entry]:
+    """Where each tensor of ``ReferenceSPProjector`` lies in the projector's parameters, of every extractor.
+
+    Raises CheckpointError where they are not those of its configuration.
+    """
+    places = compact_layout.reference_entries(projector.config, (name for name, _ in projector.named_parameters()))
     if lost := official_keys(projector.config) - {entry.official for entry in places}:
         raise CheckpointError(f"the projector has no parameters for {listed(lost)}: {MERGE_FIRST}")
     return places
@@ -95,13 +111,20 @@ def official_entries(projector: nn.Module) -> list[Entry]:
 
 def official_state_dict(projector: nn.Module, prefix: str = "model.") -> dict[str, Tensor]:
     """Behind ``SPProjector.official_state_dict``."""
-    places, state = official_entries(projector), projector.state_dict()
-    return {prefix + entry.official: entry.view(state[entry.ours]).contiguous() for entry in places}
+    official_entries(projector)
+    return {prefix + name: tensor for name, tensor in reference_state_dict(projector).items()}
+
+
+def reference_state_dict(projector: nn.Module) -> dict[str, Tensor]:
+    """What ``ReferenceSPProjector`` of the same configuration loads: the official tensors without prefix, or those of a
+    compact form."""
+    places, state = reference_entries(projector), projector.state_dict()
+    return {entry.official: entry.view(state[entry.ours]).contiguous() for entry in places}
 
 
 def save_pretrained(projector: nn.Module, folder: str | os.PathLike[str], force: bool) -> None:
     """Behind ``SPProjector.save_pretrained``. Each file is written aside and then renamed."""
-    official_entries(projector)
+    reference_entries(projector)
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (folder / name).exists() and not force:

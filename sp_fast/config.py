@@ -7,11 +7,12 @@ import operator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from sp_fast.compact_config import COMPACT, COMPACT_FIELDS, resolve_compact
 from sp_fast.errors import ConfigError
 from sp_fast.variants import REFUSED, SIX, VARIANTS
 
 PYRAMIDS = ("crop", "pool", "sliding")
-EXTRACTORS = ("full", "transformer", "none")
+EXTRACTORS = ("full", "transformer", "none", *COMPACT)
 FUSIONS = ("concat", "sum")
 NAN_PLACES = ("spatial", "detail", "logits")
 
@@ -55,11 +56,20 @@ class SPProjectorConfig:
     #: where NaN becomes 0 and infinities the largest finite number. None: everywhere where there is a DFI
     nan_to_num: tuple[str, ...] | None = None
     #: "full": convolutions; "transformer": encoder-decoder blocks with one learned query a token (Tab. 3);
-    #: "none": no spatial tokens, LLaVA-1.5's own projector; kernel_sizes is then () and detail_kernel None
+    #: "none": no spatial tokens, LLaVA-1.5's own projector; kernel_sizes is then () and detail_kernel None; or a
+    #: compact form of the convolutions (compact.py): "bottleneck", "depthwise", "grouped", "separable", "nested",
+    #: "resampled"
     extractor: str = "full"
     transformer_layers: int = 4
     transformer_heads: int = 8
     transformer_dropout: float = 0.1
+    #: channels that a shared 1x1 convolution narrows the patch features to ("bottleneck", which needs it; "nested" and
+    #: "resampled": None is no such convolution), or channels between two passes ("separable"; None: spatial_width)
+    rank: int | None = None
+    #: equal groups of channels that do not mix ("grouped", which needs it)
+    groups: int | None = None
+    #: side of the one kernel that all regions are averaged to ("resampled"). None: 8, or the largest region's
+    base_kernel: int | None = None
 
     def __post_init__(self) -> None:
         _choice("pyramid", self.pyramid, PYRAMIDS)
@@ -81,6 +91,11 @@ class SPProjectorConfig:
         self._check_levels()
         self._check_detail()
         self._check_transformer()
+        for name in COMPACT_FIELDS:
+            if getattr(self, name) is not None:
+                self._set(name, _positive(name, getattr(self, name)))
+        for name, value in resolve_compact(self).items():
+            self._set(name, value)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -229,8 +244,12 @@ class SPProjectorConfig:
         return self.spatial_width * (1 + (len(self.detail_kernels) if self.detail_fusion == "concat" else 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON; ``from_dict`` gives an equal configuration back."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        """Plain types for JSON; ``from_dict`` gives an equal configuration back.
+
+        Without the compact fields that are None: other projectors are written as before there were any.
+        """
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {name: v for name, v in values.items() if v is not None or name not in COMPACT_FIELDS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SPProjectorConfig:

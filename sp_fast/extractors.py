@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sp_fast import geometry
+from sp_fast.compact import COMPACT_EXTRACTORS
 from sp_fast.config import SPProjectorConfig
 from sp_fast.interface import check_dtype
 from sp_fast.kernels.pooled_rows import pooled_rows
@@ -129,4 +130,9 @@ def transformer_block(config: SPProjectorConfig, **factory: object) -> nn.Transf
     return nn.Transformer(custom_encoder=encoder, num_decoder_layers=config.transformer_layers, **shape)
 
 
-EXTRACTORS = {"full": WindowedExtractor, "transformer": TransformerExtractor, "none": NoExtractor}
+EXTRACTORS = {
+    "full": WindowedExtractor,
+    "transformer": TransformerExtractor,
+    "none": NoExtractor,
+    **COMPACT_EXTRACTORS,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sp_fast.backend import Backend, check_backend, choose_backend
+from sp_fast.compact_config import COMPACT, COMPACT_FIELDS
 from sp_fast.config import NAN_PLACES, SPProjectorConfig
 from sp_fast.extractors import EXTRACTORS
 from sp_fast.integrator import NORM_EPS, DetailIntegrator, finite_where, init_linear, is_plain
@@ -190,10 +192,36 @@ class SPProjector(nn.Module):
         load_official_into(self, source)
 
     def official_state_dict(self, prefix: str = "model.") -> dict[str, Tensor]:
-        """The official layout, bit for bit: contiguous copies of the convolutions, the other tensors shared."""
+        """The official layout, bit for bit: contiguous copies of the convolutions, the other tensors shared.
+
+        Raises CheckpointError for a compact projector, which has none: see ``expanded``.
+        """
         from sp_fast.checkpoint import official_state_dict
 
         return official_state_dict(self, prefix)
+
+    def expanded(self) -> SPProjector:
+        """The full projector that equals this compact one, with weights of its own: what an official checkpoint is
+        written from, ``expanded().official_state_dict()``. It is as large as the full one: 3.7 GB in float32 at the
+        published widths.
+
+        Raises:
+            ValueError: the projector is not compact.
+        """
+        if self.config.extractor not in COMPACT:
+            raise ValueError(
+                f"extractor={self.config.extractor!r} is not compact, and has nothing to expand: use the projector "
+                "itself"
+            )
+        config = replace(self.config, extractor="full", **dict.fromkeys(COMPACT_FIELDS))
+        full = SPProjector(config, self._requested, device="meta")
+        with torch.no_grad():
+            names = [name for name, _ in full.extractor.named_parameters()]
+            dense = dict(zip(names, self.extractor.dense_weights(), strict=True))
+        state = {name: t.clone() for name, t in self.state_dict().items() if not name.startswith("extractor.")}
+        state |= {f"extractor.{name}": weight.contiguous() for name, weight in dense.items()}
+        full.load_state_dict(state, assign=True)
+        return full.train(self.training)
 
     def save_pretrained(self, folder: str | os.PathLike[str], force: bool = False) -> None:
         """Writes config.json and model.safetensors; refuses to overwrite them unless ``force``."""

@@ -12,8 +12,10 @@ import re
 from collections.abc import Iterable, Mapping
 
 from sp_fast import geometry
+from sp_fast.compact_config import COMPACT
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError
+from sp_fast.extractors import EXTRACTORS
 from sp_fast.reference import ReferenceSPProjector
 from sp_fast.stored_tensor import StoredTensor
 from sp_fast.variants import OFFICIAL, REFUSED
@@ -102,8 +104,11 @@ def check_size(where: str, config: SPProjectorConfig, shapes: Shapes) -> None:
     """
     c, d, h = config.vision_width, config.spatial_width, config.text_width
     blocks = len(config.levels) * config.transformer_layers if config.extractor == "transformer" else 0
-    cells = 0 if blocks else geometry.spatial_cells(config) + geometry.detail_cells(config)
-    needed = cells * c * d + blocks * c * c + config.attends * d * d + h * (config.fused_width + c + h)
+    if config.extractor in COMPACT:
+        spatial = sum(map(math.prod, EXTRACTORS[config.extractor].shapes(config).values()))
+    else:
+        spatial = c * d * (0 if blocks else geometry.spatial_cells(config) + geometry.detail_cells(config))
+    needed = spatial + blocks * c * c + config.attends * d * d + h * (config.fused_width + c + h)
     held = sum(math.prod(shape) for shape in shapes.values())
     if needed > 10 * held or blocks > len(shapes):
         raise CheckpointError(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sp_fast import geometry, layout
+from sp_fast.compact_config import narrows
+from sp_fast.compact_reference import CONVOLUTIONS, SHARED_KERNELS, plain
 from sp_fast.config import SPProjectorConfig
 from sp_fast.extractors import transformer_block
 from sp_fast.interface import ProjectorOutput, check_patch_features
@@ -31,19 +33,25 @@ class ReferenceSPProjector(nn.Module):
         self.config = config = config or SPProjectorConfig()
         factory = {"device": device, "dtype": dtype}
         c, d, h = config.vision_width, config.spatial_width, config.text_width
-        for level, size in enumerate(config.levels):
+        self.reduce = nn.Conv2d(c, config.rank, 1, bias=False, **factory) if narrows(config) else None
+        self.shares = config.extractor in SHARED_KERNELS
+        if self.shares and config.levels:
+            self.kernel = SHARED_KERNELS[config.extractor](config, **factory)
+        convolution = CONVOLUTIONS.get(config.extractor, plain)
+        for level, size in enumerate(() if self.shares else config.levels):
             name = layout.level_module(config, level)
             if config.extractor == "transformer":
                 self.add_module(name, transformer_block(config, **factory))
                 self.register_parameter(layout.query_name(config, level), nn.Parameter(torch.zeros(1, 1, c, **factory)))
-            elif geometry.is_pooled(config, level):
-                conv = nn.Conv2d(c, d, size, bias=False, **factory)
-                self.add_module(name, nn.Sequential(nn.AdaptiveAvgPool2d(size), conv))
-            else:
-                self.add_module(name, nn.Conv2d(c, d, size, bias=False, **factory))
+                continue
+            conv = convolution(config, size, 1, **factory)
+            pooled = geometry.is_pooled(config, level)
+            self.add_module(name, nn.Sequential(nn.AdaptiveAvgPool2d(size), conv) if pooled else conv)
         for detail, (name, kernel) in enumerate(zip(layout.detail_names(config), config.detail_kernels, strict=True)):
-            conv = nn.Conv2d(c, d, kernel, stride=config.detail_stride, bias=False, **factory)
-            self.add_module(f"conv_{name}", conv)
+            if config.extractor == "resampled":
+                self.add_module(f"conv_{name}", SHARED_KERNELS[config.extractor](config, **factory))
+            elif not self.shares:
+                self.add_module(f"conv_{name}", convolution(config, (kernel, kernel), config.detail_stride, **factory))
             for part in layout.PARTS if config.attends else ():
                 projection = nn.Sequential(nn.LayerNorm(d, **factory), nn.Linear(d, d, **factory))
                 self.add_module(layout.attention_module(config, part, detail), projection)
@@ -88,15 +96,24 @@ class ReferenceSPProjector(nn.Module):
         return getattr(self, layout.output_module(self.config))(fused), attention
 
     def _grid_map(self, patch_features: Tensor) -> Tensor:
-        return patch_features.reshape(-1, self.config.grid, self.config.grid, self.config.vision_width)
+        grid_map = patch_features.reshape(-1, self.config.grid, self.config.grid, self.config.vision_width)
+        return grid_map if self.reduce is None else self.reduce(grid_map.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def _spatial(self, grid_map: Tensor, level: int) -> Tensor:
         """One spatial token ``[B, 1, D]``."""
-        module = getattr(self, layout.level_module(self.config, level))
         region = self._region(grid_map, level)
+        if self.shares:
+            return self._with_shared_kernel(region.permute(0, 3, 1, 2), level)
+        module = getattr(self, layout.level_module(self.config, level))
         if self.config.extractor == "transformer":
             return module(self._sequence(region, level), self._query(level, grid_map.shape[0]))
         return module(region.permute(0, 3, 1, 2)).squeeze(-1).permute(0, 2, 1)
+
+    def _with_shared_kernel(self, region: Tensor, level: int) -> Tensor:
+        size = self.config.levels[level]
+        if geometry.is_pooled(self.config, level):
+            region = nn.functional.adaptive_avg_pool2d(region, size)
+        return self.kernel(region, size).squeeze(-1).permute(0, 2, 1)
 
     def _region(self, grid_map: Tensor, level: int) -> Tensor:
         """What the level's module sees, ``[B, h, w, C]``: its crop, its sliding window, or the map that it pools."""
@@ -122,8 +139,12 @@ class ReferenceSPProjector(nn.Module):
     def _detail(self, grid_map: Tensor) -> list[Tensor]:
         """The detail maps, each ``[B, O, D]`` in row-major order."""
         square = _centre(grid_map, self.config.map_size).permute(0, 3, 1, 2)
-        convs = (getattr(self, f"conv_{name}") for name in layout.detail_names(self.config))
-        return [conv(square).flatten(2).permute(0, 2, 1) for conv in convs] if self.config.detail_kernels else []
+        found = []
+        for name, kernel in zip(layout.detail_names(self.config), self.config.detail_kernels, strict=True):
+            conv = getattr(self, f"conv_{name}") if hasattr(self, f"conv_{name}") else self.kernel
+            z = conv(square, (kernel, kernel), self.config.detail_stride) if self.shares else conv(square)
+            found.append(z.flatten(2).permute(0, 2, 1))
+        return found
 
     def _attend(self, z_small: Tensor, z_big: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Cross-attention over each detail map; returns the output layer's input and the attention."""

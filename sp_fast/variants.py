@@ -40,6 +40,9 @@ SHORT: dict[str, dict[str, Any]] = {
     "sliding": {"pyramid": "sliding", "detail_kernel": None},
     "sliding-dfi": {"pyramid": "sliding"},
     "mlp": {"extractor": "none"},
+    # At most so many parameters beside the patch MLP, at the published widths: 4.5 M and 47.1 M.
+    "compact-5m": {"pyramid": "crop", "extractor": "resampled", "rank": 64, "spatial_width": 256},
+    "compact-50m": {"pyramid": "crop", "extractor": "bottleneck", "rank": 48},
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {**SHORT, **OFFICIAL}

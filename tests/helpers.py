@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sp_fast import SPProjector, SPProjectorConfig
 from sp_fast.bench.accuracy import compare
-from sp_fast.checkpoint import official_entries
+from sp_fast.checkpoint import reference_entries
 from sp_fast.training.study.drift import reference_of
 from sp_fast.variants import OFFICIAL, VARIANTS
 
@@ -128,7 +128,7 @@ def official_gradients(module):
     if not isinstance(module, SPProjector):
         return {name: parameter.grad for name, parameter in module.named_parameters()}
     grads = {name: parameter.grad for name, parameter in module.named_parameters()}
-    return {e.official: None if grads[e.ours] is None else e.view(grads[e.ours]) for e in official_entries(module)}
+    return {e.official: None if grads[e.ours] is None else e.view(grads[e.ours]) for e in reference_entries(module)}
 
 
 def shrunk(variant, **overrides):

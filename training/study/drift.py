@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sp_fast.checkpoint import official_entries
+from sp_fast.checkpoint import reference_entries, reference_state_dict
 from sp_fast.config import SPProjectorConfig
 from sp_fast.projector import SPProjector
 from sp_fast.reference import ReferenceSPProjector
@@ -55,7 +55,7 @@ class Reordered(nn.Module):
 
 def reference_of(projector: SPProjector, dtype: torch.dtype | None = None) -> ReferenceSPProjector:
     """The reference with the same weights, in evaluation mode."""
-    state = projector.official_state_dict(prefix="")
+    state = reference_state_dict(projector)
     reference = ReferenceSPProjector(projector.config, dtype=dtype or next(iter(state.values())).dtype)
     reference.load_state_dict(state)
     return reference.eval()
@@ -98,7 +98,7 @@ def official_parameters(module: nn.Module, order: Order | None = None) -> dict[s
     """
     if isinstance(module, SPProjector):
         ours = dict(module.named_parameters())
-        return {e.official: e.view(ours[e.ours]).detach().double().cpu() for e in official_entries(module)}
+        return {e.official: e.view(ours[e.ours]).detach().double().cpu() for e in reference_entries(module)}
     if order is not None:
         module = permuted(module, {axis: found.argsort() for axis, found in order.items()})
     return {name: parameter.detach().double().cpu() for name, parameter in module.named_parameters()}
