@@ -114,10 +114,10 @@ class ResampledExtractor(CompactExtractor):
             kernels = self._widened(weight).split(area)
             for w, kernel in zip(mine, kernels if i or not self.config.levels else kernels * len(mine), strict=True):
                 wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
-                dense.append(torch.einsum("kn,kcd->ncd", self._averaging(w).to(wide), wide).to(kernel.dtype))
+                dense.append(torch.einsum("kn,kcd->ncd", self.averaging(w).to(wide), wide).to(kernel.dtype))
         return by_weight(self.windows, dense)
 
-    def _averaging(self, w: Window) -> Tensor:
+    def averaging(self, w: Window) -> Tensor:
         """The window's averaging as a matrix ``[K * K, cells]``."""
         axes = []
         for side in (w.height, w.width):
