@@ -14,6 +14,8 @@ PYRAMIDS = ("crop", "pool", "sliding")
 EXTRACTORS = ("full", "transformer", "none")
 FUSIONS = ("concat", "sum")
 NAN_PLACES = ("spatial", "detail", "logits")
+QUANTIZATIONS = ("int8", "fp8", "int4")
+_LEFT_OUT = ("quantization",)  # of what is written, where None: files and result lines from before stay equal
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,14 @@ class SPProjectorConfig:
     transformer_layers: int = 4
     transformer_heads: int = 8
     transformer_dropout: float = 0.1
+    #: how the packed weights are stored for inference: "int8", "fp8" (e4m3) or "int4"; see sp_fast.quantize
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         _choice("pyramid", self.pyramid, PYRAMIDS)
         _choice("extractor", self.extractor, EXTRACTORS)
         _choice("detail_fusion", self.detail_fusion, FUSIONS)
+        _choice("quantization", self.quantization, (None, *QUANTIZATIONS))
         for name in ("grid", "detail_stride", "vision_width", "spatial_width", "text_width"):
             self._set(name, _positive(name, getattr(self, name)))
         if self.kernel_sizes is None:
@@ -230,7 +235,8 @@ class SPProjectorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON; ``from_dict`` gives an equal configuration back."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {name: v for name, v in values.items() if v is not None or name not in _LEFT_OUT}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SPProjectorConfig:
