@@ -210,13 +210,15 @@ class SPProjector(nn.Module):
         published widths.
 
         Raises:
-            ValueError: the projector is not compact.
+            ValueError: the projector is not compact, or is quantised.
         """
         if self.config.extractor not in COMPACT:
             raise ValueError(
                 f"extractor={self.config.extractor!r} is not compact, and has nothing to expand: use the projector "
                 "itself"
             )
+        if self.config.quantization is not None:
+            raise ValueError(f"the weights are quantised to {self.config.quantization}: expand projector.dequantized()")
         config = replace(self.config, extractor="full", **dict.fromkeys(COMPACT_FIELDS))
         full = SPProjector(config, self._requested, device="meta")
         with torch.no_grad():

@@ -123,7 +123,7 @@ def quantize_extractor(extractor: nn.Module, name: str) -> None:
     Raises:
         ConfigError: it has none, or an odd width for int4.
     """
-    packed = [name for name in getattr(extractor, "packed", ()) if getattr(extractor, name) is not None]
+    packed = [name for name in getattr(extractor, "packed", ()) if getattr(extractor, name, None) is not None]
     if not packed:
         raise ConfigError(
             f"quantization={name!r} is for packed weights, which extractor={extractor.config.extractor!r} has none of: "
@@ -178,7 +178,7 @@ def _copied(projector: SPProjector, config: SPProjectorConfig) -> SPProjector:
     """A deep copy with another configuration in every place of the old one, and with the packed weights themselves:
     copies of them would be thrown away."""
     extractor = projector.extractor
-    packed = [getattr(extractor, name) for name in getattr(extractor, "packed", ())]
+    packed = [getattr(extractor, name, None) for name in getattr(extractor, "packed", ())]
     return copy.deepcopy(projector, {id(projector.config): config, **{id(weight): weight for weight in packed}})
 
 

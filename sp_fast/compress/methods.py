@@ -154,8 +154,9 @@ def nested(full: Full, config: SPProjectorConfig, metric: Metric) -> Fit:
         counts[order] += 1
         total += _energy(kernel)
     shared /= counts[:, None, None]
-    kept = sum(float(n) * _energy(cell) for n, cell in zip(counts, shared, strict=True))
-    return _narrowed({"shared_weight": shared}, config, metric, Spectrum("shared by the levels", [kept / total], None))
+    weighed = shared * counts.sqrt()[:, None, None]
+    sharing = Spectrum("shared by the levels", [_energy(weighed) / total], None)
+    return _narrowed({"shared_weight": shared}, [weighed], config, metric, sharing)
 
 
 def resampled(full: Full, config: SPProjectorConfig, metric: Metric) -> Fit:
@@ -164,7 +165,7 @@ def resampled(full: Full, config: SPProjectorConfig, metric: Metric) -> Fit:
     Where there is a rank, the result is truncated as in ``bottleneck``. K is the same in every metric.
     """
     averaging = EXTRACTORS["resampled"](config, device="meta").averaging
-    area, levels = config.base_kernel**2, len(config.levels)
+    levels = len(config.levels)
     sums: dict[int, tuple[Tensor, Tensor]] = {}  # of each kernel, the two sides
     total = 0.0
     for i, (w, kernel) in enumerate(zip(full.windows, full.kernels(), strict=True)):
@@ -173,24 +174,29 @@ def resampled(full: Full, config: SPProjectorConfig, metric: Metric) -> Fit:
         own = max(0, i - levels + 1)
         sums[own] = (sums[own][0] + left, sums[own][1].add_(right)) if own in sums else (left, right)
         total += _energy(kernel)
-    kernels, kept = {}, 0.0
-    for own, (left, right) in sums.items():
-        kernels[own] = torch.einsum("jk,kcd->jcd", torch.linalg.pinv(left, hermitian=True).float(), right)
-        kept += sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(kernels[own], right, strict=True))
-    spectrum = Spectrum("one kernel, resampled", [kept / total], None)
-    details = [kernel for own, kernel in kernels.items() if own or not levels]
-    weights = {"spatial_weight": kernels[0]} if levels else {}
-    if details:
-        weights["detail_weight"] = torch.cat(details)
-    assert all(len(w) % area == 0 for w in weights.values())
-    return _narrowed(weights, config, metric, spectrum)
+    kernels, weighed = [], []
+    for left, right in sums.values():
+        values, vectors = torch.linalg.eigh(left)
+        seen = values > values[-1] * len(left) * torch.finfo(values.dtype).eps
+        inverse = vectors[:, seen] / values[seen] @ vectors[:, seen].t()
+        kernels.append(torch.einsum("jk,kcd->jcd", inverse.float(), right))
+        root = vectors[:, seen] * values[seen].sqrt() @ vectors[:, seen].t()
+        weighed.append(torch.einsum("jk,kcd->jcd", root.float(), kernels[-1]))
+    sharing = Spectrum("one kernel, resampled", [sum(map(_energy, weighed)) / total], None)
+    weights = {"spatial_weight": kernels.pop(0)} if levels else {}
+    if kernels:
+        weights["detail_weight"] = torch.cat(kernels)
+    return _narrowed(weights, weighed, config, metric, sharing)
 
 
-def _narrowed(weights: dict[str, Tensor], config: SPProjectorConfig, metric: Metric, sharing: Spectrum) -> Fit:
-    """The same weights behind a shared 1x1 convolution, where the configuration has one."""
+def _narrowed(
+    weights: dict[str, Tensor], weighed: list[Tensor], config: SPProjectorConfig, metric: Metric, sharing: Spectrum
+) -> Fit:
+    """The same weights behind a shared 1x1 convolution, where the configuration has one; ``weighed`` are such that what
+    is missed of them is missed of the full weights."""
     if not narrows(config):
         return Fit(weights, [sharing])
-    reduce, lift, spectrum = _subspace(weights.values(), metric, config.rank)
+    reduce, lift, spectrum = _subspace(weighed, metric, config.rank)
     narrow = {name: lift @ weight for name, weight in weights.items()}
     return Fit({"reduce_weight": reduce} | narrow, [sharing, spectrum])
 
