@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sp_fast import SPProjectorConfig
+from sp_fast.compact_config import COMPACT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,10 +62,11 @@ class Case:
 
 
 def stages_of(config: SPProjectorConfig) -> tuple[str, ...]:
-    """The stages that a configuration has."""
+    """The stages that a configuration has. A compact extractor is one, and is measured within the whole."""
+    compact = config.extractor in COMPACT
     absent = {
-        "spatial": not config.levels,
-        "detail": not config.detail_kernels,
+        "spatial": not config.levels or compact,
+        "detail": not config.detail_kernels or compact,
         "tail": not config.spatial_tokens,
     }
     return tuple(stage for stage in STAGES if not absent.get(stage, False))

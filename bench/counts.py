@@ -6,10 +6,14 @@ Bytes: every weight and input is read once and every result written once; what p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from sp_fast import SPProjectorConfig
 from sp_fast.bench.cases import DTYPES, Case, stages_of
+from sp_fast.compact import COMPACT_EXTRACTORS
+from sp_fast.compact_config import COMPACT
+from sp_fast.compact_geometry import compact_products
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ def count(case: Case) -> Count:
     """What the case costs at least."""
     stages = [stage for stage in stages_of(case.config) if case.stage in (stage, "whole") and stage != "whole"]
     products = [p for stage in stages for p in _PRODUCTS[stage](case.config, case.batch)]
+    if case.stage == "whole":
+        products += _compact(case.config, case.batch)
     vectors = sum(_vectors(case.config, stage) for stage in stages)
     weights = vectors + sum(p.weights for p in products)
     again = sum(p.weights for p in products if p.propagates)
@@ -76,6 +82,16 @@ def _activations(case: Case) -> tuple[int, int]:
         "tail": ((tokens + maps * config.attends) * width, tokens * config.text_width),
         "mlp": (patches * config.vision_width, patches * config.text_width),
     }[case.stage]
+
+
+def _compact(config: SPProjectorConfig, batch: int) -> list[Product]:
+    """Of a compact extractor, whose parameters count once, however many products share them."""
+    if config.extractor not in COMPACT:
+        return []
+    found = [Product(batch * p.rows, p.depth, p.width, propagates=not p.first) for p in compact_products(config)]
+    shapes = COMPACT_EXTRACTORS[config.extractor].shapes(config)
+    found[-1] = replace(found[-1], weights=sum(map(math.prod, shapes.values())))
+    return found
 
 
 def _spatial(config: SPProjectorConfig, batch: int) -> list[Product]:

@@ -6,14 +6,13 @@ Each is linear in the patch features, and so equals a full extractor whose weigh
 gives those, ``shapes`` the parameters, which a packed weight of the windowed matmul each are, or 1x1 convolutions.
 Parameters begin such that the dense weights are about as large as those that the full extractor begins with.
 
-Parameters and multiply-adds an image of the convolutions at the published widths (crop-dfi; the full one: 897 M and
-4.1 G):
-    bottleneck  rank 64      56 M      0.29 G    of which the 1x1 convolution 38 M
-    depthwise               5.4 M      0.01 G
-    grouped     8 groups    112 M      0.51 G
-    separable               143 M      3.4  G
-    nested                  302 M      3.7  G    rank 64: 19 M, 0.27 G
-    resampled   8x8          67 M      1.0  G    rank 64: 4.3 M, 0.10 G
+Parameters, and multiply-adds an image, at the published widths (crop-dfi; the full one: 897.6 M and 4.12 G):
+    bottleneck  rank 64       56.2 M    0.30 G
+    depthwise                  5.4 M    0.02 G
+    grouped     8 groups     112.2 M    0.51 G
+    separable                 78.6 M    1.90 G    rank 64:  9.8 M, 0.24 G
+    nested                   302.0 M    3.66 G    rank 64: 18.9 M, 0.27 G
+    resampled   8x8           67.1 M    1.04 G    rank 64:  4.3 M, 0.10 G
 All stream their weights as the full one does, on the same kernels.
 """
 
@@ -110,7 +109,7 @@ class DepthwiseExtractor(CompactExtractor):
             _strided_sums(region_of(rows, w, self.config), depth, w)
             for w, depth in zip(self.windows, self._depths(), strict=True)
         ]  # fmt: skip
-        return windowed_matmul(torch.cat(sums, dim=1).to(rows.dtype), self._weights("point"), self._encoded, backend)
+        return windowed_matmul(torch.cat(sums, dim=1), self._weights("point"), self._encoded, backend)
 
     def dense_weights(self) -> list[Tensor]:
         points = [point for weight in self._weights("point") for point in weight]
@@ -210,19 +209,18 @@ class SeparableExtractor(CompactExtractor):
 
 
 def _full_sum(region: Tensor, depth: Tensor) -> Tensor:
-    """Of a region and a kernel ``[height, width, C]`` that covers it: ``[B, 1, C]`` in float32 at least."""
-    wide = torch.promote_types(region.dtype, torch.float32)
-    return (region * depth).sum((1, 2), dtype=wide).unsqueeze(1)
+    """Of a region ``[B, height, width, C]`` and a kernel that covers it: ``[B, 1, C]``, a product for each channel."""
+    return torch.einsum("bhwc,hwc->bc", region, depth).unsqueeze(1)
 
 
 def _strided_sums(region: Tensor, depth: Tensor, w: Window) -> Tensor:
-    """Of a map and a kernel that moves over it: ``[B, outputs, C]`` in float32 at least."""
-    wide = torch.promote_types(region.dtype, torch.float32)
+    """Of a map and a kernel that moves over it: ``[B, outputs, C]``; kernel rows are added in float32 at least."""
     sums = []
     for down, weight in enumerate(depth):
         rows = region[:, down : down + (w.out_height - 1) * w.step + 1 : w.step].unfold(2, w.width, w.step)
-        sums.append((rows * weight.t()).sum(-1, dtype=wide))
-    return sum(sums).flatten(1, 2)
+        sums.append(torch.einsum("bijcw,wc->bijc", rows, weight))
+    wide = torch.promote_types(region.dtype, torch.float32)
+    return torch.stack(sums).sum(0, dtype=wide).to(region.dtype).flatten(1, 2)
 
 
 COMPACT_EXTRACTORS = {

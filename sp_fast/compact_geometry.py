@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sp_fast import geometry
+from sp_fast.compact_config import narrows
 from sp_fast.config import SPProjectorConfig
 from sp_fast.kernels.window import Window
 
@@ -171,3 +172,46 @@ def resampled_windows(config: SPProjectorConfig) -> list[Window]:
         windows.append(Window(w.weight, detail * area, row, area, 1, area, w.outputs, 1, area))
         row += w.outputs * area
     return windows
+
+
+@dataclass(frozen=True)
+class CompactProduct:
+    """A product ``[rows, depth] @ [depth, width]`` of one image; ``first`` where it reads the patch features, whose
+    gradient nothing trained needs."""
+
+    rows: int
+    depth: int
+    width: int
+    first: bool
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the forward."""
+        return self.rows * self.depth * self.width
+
+
+def compact_products(config: SPProjectorConfig) -> list[CompactProduct]:
+    """All products of a compact extractor, averages not counted."""
+    c, d, narrow = config.vision_width, config.spatial_width, narrows(config)
+    found = [CompactProduct(config.patch_tokens, c, config.rank, True)] if narrow else []
+    for windows, depth, width, first in _steps(config, config.rank if narrow else c, d):
+        found += [CompactProduct(w.outputs, w.cells * depth, width, first and not narrow) for w in windows]
+    return found
+
+
+def _steps(config: SPProjectorConfig, c: int, d: int) -> list[tuple[list[Window], int, int, bool]]:
+    """Windows that are multiplied, by what of their channels, to what, and whether it comes first."""
+    full = full_windows(config)
+
+    def passes() -> list[tuple[list[Window], int, int, bool]]:
+        across, down = separable_windows(config)
+        return [(across, c, config.rank, True), (down, config.rank, d, False)]
+
+    return {
+        "separable": passes,
+        "depthwise": lambda: [(full, 1, c, True), (pointwise_windows(config), c, d, False)],
+        "grouped": lambda: [(full, c // config.groups, d, True)],
+        "nested": lambda: [(nested_windows(config)[0], c, d, True)],
+        "resampled": lambda: [(resampled_windows(config), c, d, True)],
+        "bottleneck": lambda: [(full, c, d, True)],
+    }[config.extractor]()

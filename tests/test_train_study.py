@@ -101,6 +101,11 @@ def test_arms_are_those_of_the_paper():
     assert HEADLINE == ("mlp", "crop", "pool", "crop-dfi", "pool-dfi")
     whole = ARMS["pool-dfi"].config(24, 1024, 4096)
     assert whole == SPProjectorConfig.variant("conv336_adptive_pooling_fuse_49")
+    compact = {name: arm.config(12, 96, 24) for name, arm in ARMS.items() if arm.table == "compact"}
+    assert [compact[name].rank for name in ("bottleneck", "separable", "nested", "resampled")] == [6] * 4
+    assert (compact["grouped"].groups, compact["resampled"].base_kernel) == (8, 4)
+    assert {(c.kernel_sizes, c.detail_kernel) for c in compact.values()} == {((2, 4, 6, 8, 10, 12), 8)}
+    assert all("rank" not in config.to_dict() for name, config in halved.items() if name not in compact)
     with pytest.raises(ConfigError, match=r"'crop' has kernel_sizes 4 on the published 24x24 grid.*8x8"):
         ARMS["crop"].config(8, 16, 24)
     assert ARMS["mlp"].config(8, 16, 24).grid == 8

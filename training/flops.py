@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 from sp_fast import SPProjectorConfig
+from sp_fast.compact_config import COMPACT
+from sp_fast.compact_geometry import compact_products
 from sp_fast.geometry import detail_windows, spatial_windows
 from sp_fast.llava_sp.configuration import LlavaSpConfig
 from sp_fast.llava_sp.modeling import LlavaSpForConditionalGeneration
@@ -71,6 +73,11 @@ def projector_flop(config: SPProjectorConfig) -> int:
     if config.extractor == "transformer":
         later += sum(_transformer(config, size * size) for size in config.kernel_sizes)
         windows = detail_windows(config)
+    elif config.extractor in COMPACT:
+        products = compact_products(config)
+        later += sum(p.multiply_adds for p in products if not p.first)
+        first += sum(p.multiply_adds for p in products if p.first)
+        windows = []
     else:
         windows = [*spatial_windows(config), *detail_windows(config)]
     first += sum(w.outputs * w.cells for w in windows) * vision * width

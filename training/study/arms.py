@@ -12,7 +12,9 @@ from sp_fast.errors import ConfigError
 #: What all others are held against: no spatial tokens.
 BASELINE = "mlp"
 _GRID = 24  # that the paper's lengths are counted on
-_LENGTHS = ("kernel_sizes", "map_size", "detail_kernel", "detail_stride")
+_WIDTH = 1024  # of the tower that its channels are counted on
+_LENGTHS = ("kernel_sizes", "map_size", "detail_kernel", "detail_stride", "base_kernel")
+_LEAST_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Arm:
     """A projector as published: a variant, and what it changes there.
 
     Args:
-        table: of the paper that it answers to.
+        table: of the paper that it answers to, or "headline", or "compact".
     """
 
     name: str
@@ -32,13 +34,16 @@ class Arm:
         """The same on a tower of ``grid`` x ``grid`` patches: every length grows or shrinks with it.
 
         The spatial features are half as wide as the vision tower's, as published, or as wide where the extractor is
-        a transformer, which keeps the width.
+        a transformer, which keeps the width. A rank keeps its share of the tower's width, and is 4 at least; groups
+        stay as many.
 
         Raises:
             ConfigError: a length would be no whole number of patches.
         """
         published = SPProjectorConfig.variant(self.variant, **self.changes)
         values = {name: self._scaled(name, getattr(published, name), grid) for name in self._lengths(published)}
+        if published.rank is not None:
+            values["rank"] = max(_LEAST_RANK, published.rank * vision_width // _WIDTH)
         keeps = published.extractor == "transformer"
         widths = {"vision_width": vision_width, "spatial_width": vision_width if keeps else vision_width // 2}
         return SPProjectorConfig.from_dict(
@@ -46,7 +51,8 @@ class Arm:
         )
 
     def _lengths(self, published: SPProjectorConfig) -> list[str]:
-        return [name for name in _LENGTHS if published.detail_kernels or not name.startswith("detail")]
+        lengths = [name for name in _LENGTHS if getattr(published, name) is not None]
+        return [name for name in lengths if published.detail_kernels or not name.startswith("detail")]
 
     def _scaled(self, name: str, length: int | tuple[int, ...], grid: int) -> int | tuple[int, ...]:
         if isinstance(length, tuple):
@@ -61,6 +67,7 @@ class Arm:
 
 
 _HEADLINE, _EXTRACTOR, _TOKENS, _WINDOWS, _DETAIL = "headline", "Tab. 3", "Tab. 4", "Tab. 5", "Tab. 6"
+_COMPACT = "compact"  # the paper has none
 _ALL = (
     Arm(BASELINE, _HEADLINE, "mlp"),
     Arm("crop", _HEADLINE, "crop"),
@@ -76,6 +83,12 @@ _ALL = (
     Arm("detail-4", _DETAIL, "crop-dfi", {"detail_kernel": 4}),  # crop-dfi has the 16
     Arm("detail-8", _DETAIL, "crop-dfi", {"detail_kernel": 8}),
     Arm("detail-12", _DETAIL, "crop-dfi", {"detail_kernel": 12}),
+    Arm("bottleneck", _COMPACT, "crop-dfi", {"extractor": "bottleneck", "rank": 64}),
+    Arm("depthwise", _COMPACT, "crop-dfi", {"extractor": "depthwise"}),
+    Arm("grouped", _COMPACT, "crop-dfi", {"extractor": "grouped", "groups": 8}),
+    Arm("separable", _COMPACT, "crop-dfi", {"extractor": "separable", "rank": 64}),
+    Arm("nested", _COMPACT, "crop-dfi", {"extractor": "nested", "rank": 64}),
+    Arm("resampled", _COMPACT, "crop-dfi", {"extractor": "resampled", "rank": 64}),
 )
 #: By name, in the order in which they run and are shown.
 ARMS = {arm.name: arm for arm in _ALL}

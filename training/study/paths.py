@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from sp_fast.bench.environment import environment
+from sp_fast.compact_config import COMPACT
 from sp_fast.errors import ConfigError
 from sp_fast.projector import SPProjector
 from sp_fast.training.recipe import Recipe
@@ -67,12 +68,16 @@ def compare_paths(
     """Writes ``paths.jsonl``, a line each arm and seed, those that it does not have yet; returns what failed, and why.
 
     Raises:
-        ConfigError: an arm with transformer blocks.
+        ConfigError: an arm with transformer blocks, or a compact one.
         TrainingError: results of another comparison, or another process in this folder.
     """
     if alien := [arm for arm in arms if study.config(arm.name).extractor == "transformer"]:
         raise ConfigError(
             f"the arm {alien[0].name!r} has transformer blocks, which are torch's own in both forms: leave it out"
+        )
+    if alien := [arm for arm in arms if study.config(arm.name).extractor in COMPACT]:
+        raise ConfigError(
+            f"the arm {alien[0].name!r} is compact, and has no official path to be compared with: leave it out"
         )
     with the_only_one(study.out):
         results = Results(study.out / PATHS, study.fingerprint(steps=steps, eps=EPS))
