@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     save_file({"a": x, "b": x.clone()}, root / "two.safetensors")
     small = randomised(SPProjector(type(projector.config)(**{**projector.config.to_dict(), "extractor": "depthwise"})))
     small.save_pretrained(root / "compact")
-    projector.quantized("int8").save_pretrained(root / "int8")
+    projector.quantized("int8").save_pretrained(root / "quantised")
     SPProjector(type(projector.config).variant("mlp", vision_width=8, text_width=8, spatial_width=8)).save_pretrained(
         root / "mlp"
     )
@@ -175,7 +175,7 @@ WRONG = {
     "kernel": ("projector", ("--to", "resampled", "--base-kernel", 9), "base_kernel=9 is larger"),
     "quantisation": ("projector", ("--quantize", "int3"), "quantization='int3' is unknown"),
     "compact": ("compact", ("--to", "nested"), "is compact already (extractor='depthwise')"),
-    "quantised": ("int8", ("--quantize", "int8"), "is quantised to int8 already"),
+    "quantised": ("quantised", ("--quantize", "int8"), "is quantised to int8 already"),
     "no extractor": ("mlp", ("--to", "depthwise"), "has extractor='none', and so no convolutions"),
     "no source": ("nowhere", ("--to", "depthwise"), "nowhere does not exist"),
     "no tower": ("projector", ("--to", "depthwise", "--images", "images"), "--images needs the vision tower"),

@@ -16,6 +16,7 @@ from sp_fast.doctor.gather import host
 from sp_fast.errors import BackendError, CheckpointError, ResourceError, first_line
 from sp_fast.llava_sp.configuration import LlavaSpConfig
 from sp_fast.llava_sp.modeling import LlavaSpForConditionalGeneration
+from sp_fast.llava_sp.official_names import PROJECTOR
 from sp_fast.llava_sp.processing import LlavaSpProcessor
 from sp_fast.tensor_files import read_json, stored_tensors
 
@@ -63,8 +64,11 @@ def load_model(
     path = Path(folder)
     _check_folder(path)
     where = _device(device)
-    tensors = stored_tensors(path)[1].values()
-    stored = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    named = stored_tensors(path)[1]
+    tensors = named.values()
+    # Integers of the projector are its quantised weights, and stay what they are.
+    kinds = [tensor.dtype for name, tensor in named.items() if tensor.dtype or not name.startswith(PROJECTOR)]
+    stored = {str(kind).removeprefix("torch.") for kind in kinds}
     kind, reason = _dtype(dtype, stored, where)
     _check_memory(path, sum(math.prod(tensor.shape) for tensor in tensors) * kind.itemsize, where)
     chosen = COMPILED if compiled and attention == "auto" else attention_on(attention, where, kind)
