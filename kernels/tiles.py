@@ -10,6 +10,7 @@ import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -51,6 +52,23 @@ class WindowedTiles:
         )
 
 
+@dataclass(frozen=True)
+class QuantizedTiles(WindowedTiles):
+    """Those on quantised weights: ``block_k`` counts stored bytes, each of ``channels`` channels."""
+
+    channels: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """As above, at most; ``itemsize`` is of the features, scales are float32."""
+        return max(
+            stages * (self.block_k * (self.block_d + rows * self.channels * itemsize) + 4 * self.block_d)
+            for rows, stages in ((self.block_single, self.stages_single), (self.block_many, self.stages_many))
+        )
+
+
+Stream = TypeVar("Stream", bound=WindowedTiles)
+
+
 def bucket_of(batch: int) -> int:
     """The batch bucket: the smallest that holds ``batch`` images, or LARGE."""
     return next((bound for bound in BUCKETS if batch <= bound), LARGE)
@@ -85,6 +103,10 @@ def windowed_tiles(chip: Chip, dtype: torch.dtype, batch: int, width: int, depth
     tiles = replace(
         tiles, block_d=min(tiles.block_d, power_of_two(depth)), block_k=min(tiles.block_k, power_of_two(width))
     )
+    return _with_stages_that_fit(tiles, chip, dtype)
+
+
+def _with_stages_that_fit(tiles: Stream, chip: Chip, dtype: torch.dtype) -> Stream:
     while tiles.shared_bytes(dtype.itemsize) > chip.shared_memory:
         if max(tiles.stages_single, tiles.stages_many) <= 2:
             raise ValueError(
@@ -93,6 +115,23 @@ def windowed_tiles(chip: Chip, dtype: torch.dtype, batch: int, width: int, depth
             )
         tiles = replace(tiles, stages_single=max(2, tiles.stages_single - 1), stages_many=max(2, tiles.stages_many - 1))
     return tiles
+
+
+def quantized_tiles(
+    chip: Chip, dtype: torch.dtype, batch: int, depth: int, group: int, channels: int
+) -> QuantizedTiles:
+    """128 bytes of a row at a time, or the ``group`` of bytes that shares a scale.
+
+    Two sums and the widened weights lie in registers, which bounds the rows. By the machine code; not measured.
+
+    Raises:
+        ValueError: two stages do not fit into the chip's shared memory.
+    """
+    half = dtype.itemsize == 2
+    single = min(64, power_of_two(batch)) if half else min(32, power_of_two(batch, least=4))
+    many, block_k = (64 if half and batch > 1 else 32), min(128 if half else 32, power_of_two(group))
+    tiles = QuantizedTiles(single, many, min(128, power_of_two(depth)), block_k, 5, 5, 4, channels)
+    return _with_stages_that_fit(tiles, chip, dtype)
 
 
 def power_of_two(n: int, least: int = 16) -> int:

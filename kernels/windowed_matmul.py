@@ -44,7 +44,7 @@ def windowed_matmul(rows: Tensor, weights: Sequence[Tensor], windows: Sequence[i
     if not weights or not windows:
         raise ValueError("there is nothing to multiply: give at least one weight and one window")
     rows, *weights = autocast_tensors(rows, *weights)
-    _check_backend(backend, len(weights))
+    check_backend(backend, len(weights))
     _check(rows, weights, decode_windows(windows))
     with no_autocast(rows):
         return _forward_op(rows, list(weights), list(windows), backend)
@@ -74,7 +74,7 @@ def windowed_matmul_dweight(
         ValueError: shapes, dtypes or devices that do not belong together, or a buffer that is not contiguous.
     """
     found = decode_windows(windows)
-    _check_backend(backend, len(outs))
+    check_backend(backend, len(outs))
     if backend == "triton" and (reason := why_not_triton(rows.device, rows.dtype)):
         raise ValueError(f"backend='triton' cannot run here, since {reason}: use backend='torch'")
     if not found:
@@ -95,12 +95,12 @@ def windowed_matmul_dweight(
                 f"a gradient's buffer is a contiguous [cells, {rows.shape[2]}, {grad.shape[2]}] on {rows.device}, not "
                 f"{tuple(out.shape)} of strides {out.stride()} on {out.device}"
             )
-    _check_windows(rows, [None if out is None else len(out) for out in outs], found)
+    check_windows(rows, [None if out is None else len(out) for out in outs], found)
     if asked:
         _write_dweight(grad.contiguous(), dense_rows(rows), outs, found, add, backend)
 
 
-def _check_backend(backend: str, weights: int) -> None:
+def check_backend(backend: str, weights: int) -> None:
     if backend not in _FORWARDS:
         raise ValueError(f"backend={backend!r} is none of {', '.join(map(repr, _FORWARDS))}")
     if backend == "triton" and weights > 2:
@@ -122,10 +122,10 @@ def _check(rows: Tensor, weights: Sequence[Tensor], windows: list[Window]) -> No
             )
         if weight.device != rows.device:
             raise ValueError(f"the features are on {rows.device} but the weights on {weight.device}: move one of them")
-    _check_windows(rows, [len(weight) for weight in weights], windows)
+    check_windows(rows, [len(weight) for weight in weights], windows)
 
 
-def _check_windows(rows: Tensor, cells: Sequence[int | None], windows: list[Window]) -> None:
+def check_windows(rows: Tensor, cells: Sequence[int | None], windows: list[Window]) -> None:
     """``cells`` of each weight, None for one that is not there to be held against."""
     for w in windows:
         if min(w.weight, w.cell, w.origin) < 0 or w.weight >= len(cells):

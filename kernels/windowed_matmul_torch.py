@@ -31,7 +31,7 @@ def windowed_matmul_dweight_torch(
     """
     for w, dout in zip(windows, _split(grad, windows), strict=True):
         if (buffer := outs[w.weight]) is not None:
-            for cell, operand in _row_operands(rows, w):
+            for cell, operand in row_operands(rows, w):
                 out = buffer[cell : cell + w.width]
                 x, y = operand.transpose(1, 2).to(out.dtype), dout.expand(w.width, -1, -1).to(out.dtype)
                 if add:
@@ -67,7 +67,7 @@ def _window_product(rows: Tensor, weight: Tensor, w: Window) -> Tensor:
         return torch.cat(products).view(batch, w.outputs, depth)
     wide = torch.promote_types(rows.dtype, torch.float32)
     out = rows.new_zeros(batch * w.outputs, depth, dtype=wide)
-    for cell, operand in _row_operands(rows, w):
+    for cell, operand in row_operands(rows, w):
         out += torch.bmm(operand.to(wide), weight[cell : cell + w.width].to(wide)).sum(0)
     return out.view(batch, w.outputs, depth).to(rows.dtype)
 
@@ -80,13 +80,13 @@ def _has_half_products(rows: Tensor) -> bool:
 def _columns(rows: Tensor, w: Window) -> Tensor:
     """im2col: what all cells of a window read, ``[B * outputs, cells * C]``."""
     columns = rows.new_empty(rows.shape[0] * w.outputs, w.cells, rows.shape[2])
-    for cell, operand in _row_operands(rows, w):
+    for cell, operand in row_operands(rows, w):
         first = cell - w.cell
         columns[:, first : first + w.width] = operand.transpose(0, 1)
     return columns.flatten(1)
 
 
-def _row_operands(rows: Tensor, w: Window) -> Iterator[tuple[int, Tensor]]:
+def row_operands(rows: Tensor, w: Window) -> Iterator[tuple[int, Tensor]]:
     """For each window row: its first weight cell, and the rows that its cells read, ``[width, B * outputs, C]``.
 
     A view for a single output; overlapping outputs take a copy, of one window row.

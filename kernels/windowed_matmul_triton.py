@@ -31,6 +31,7 @@ from sp_fast.kernels.windowed_plan_triton import (
     OUTPUTS,
     SLOT,
     SPLITS,
+    Plan,
     count_units,
     find_window,
     interleave,
@@ -246,11 +247,17 @@ def windowed_matmul_triton(
     registers = 255 if tiles.warps == 8 else None
     stream = Launch(_windowed_matmul_fwd_kernel, (units,), constants, tiles.warps, registers)
     stream(rows, weights[0], weights[-1], partial, batch, rows.stride(0))
+    reduce_partials(partial, out, single + many)
+    return out
+
+
+def reduce_partials(partial: Tensor, out: Tensor, plan: Plan) -> None:
+    """Adds the partial sums ``[partial rows * B, D]`` of a plan's windows into ``out`` ``[B, O, D]``."""
+    batch, outputs, depth = out.shape
     block_b, block_d = reduce_tile(batch, depth)
     constants = {
-        "WINDOWS": single + many, "O": outputs, "D": depth, "BLOCK_B": block_b, "BLOCK_D": block_d,
+        "WINDOWS": plan, "O": outputs, "D": depth, "BLOCK_B": block_b, "BLOCK_D": block_d,
         "UNROLL": 32 if block_b == 1 else 16,
     }  # fmt: skip
     programs = (outputs * triton.cdiv(batch, block_b), triton.cdiv(depth, block_d))
     Launch(_windowed_matmul_reduce_kernel, programs, constants, warps=max(1, block_b // 2))(partial, out, batch)
-    return out

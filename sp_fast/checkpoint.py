@@ -20,6 +20,7 @@ from sp_fast.compact_config import COMPACT
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError, ConfigError, first_line
 from sp_fast.layout import MERGE_FIRST, Entry
+from sp_fast.quantize import QuantizedWeight
 from sp_fast.recognise import check_size, check_whole, listed, official_keys, projector_names, recognise
 from sp_fast.reference import ReferenceSPProjector
 from sp_fast.stored_tensor import DTYPES, StoredTensor
@@ -103,6 +104,11 @@ def reference_entries(projector: nn.Module) -> list[Entry]:
 
     Raises CheckpointError where they are not those of its configuration.
     """
+    if (scheme := projector.config.quantization) is not None:
+        raise CheckpointError(
+            f"the packed weights are quantised to {scheme}, and the official layout has none such: use "
+            "projector.dequantized(), and load official files before quantising"
+        )
     places = compact_layout.reference_entries(projector.config, (name for name, _ in projector.named_parameters()))
     if lost := official_keys(projector.config) - {entry.official for entry in places}:
         raise CheckpointError(f"the projector has no parameters for {listed(lost)}: {MERGE_FIRST}")
@@ -124,7 +130,7 @@ def reference_state_dict(projector: nn.Module) -> dict[str, Tensor]:
 
 def save_pretrained(projector: nn.Module, folder: str | os.PathLike[str], force: bool) -> None:
     """Behind ``SPProjector.save_pretrained``. Each file is written aside and then renamed."""
-    reference_entries(projector)
+    _check_own(projector)
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (folder / name).exists() and not force:
@@ -137,6 +143,16 @@ def save_pretrained(projector: nn.Module, folder: str | os.PathLike[str], force:
     aside = folder / f".{CONFIG_FILE}.part"
     aside.write_text(json.dumps(config, indent=2) + "\n")
     aside.replace(folder / CONFIG_FILE)
+
+
+def _check_own(projector: nn.Module) -> None:
+    """Raises CheckpointError where the parameters are not those of the configuration."""
+    if projector.config.quantization is None:
+        reference_entries(projector)
+        return
+    expected = type(projector)(projector.config, device="meta").state_dict().keys()
+    if strange := expected ^ projector.state_dict().keys():
+        raise CheckpointError(f"the projector lacks, or has beside its own, {listed(strange)}: {MERGE_FIRST}")
 
 
 def inspect_pretrained(folder: str | os.PathLike[str]) -> SPProjectorConfig:
@@ -176,8 +192,14 @@ def load_pretrained(
     check_together(path, weights)
     tensors = read_file(weights)
     check_size(str(path), config, {name: tensor.shape for name, tensor in tensors.items()})
-    projector = cls(config, backend, device="meta", dtype=_one_dtype(str(weights), tensors, dtype))
-    places = [Entry(name, name) for name, _ in projector.named_parameters()]
+    try:
+        projector = cls(config, backend, device="meta")
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    integers = dict(projector.named_buffers())
+    floats = {name: tensor for name, tensor in tensors.items() if name not in integers}
+    projector.to(_one_dtype(str(weights), floats, dtype))
+    places = [Entry(name, name) for name in _tensors(projector)]
     fill(str(weights), projector, places, tensors, device)
     return projector
 
@@ -212,6 +234,11 @@ def _one_dtype(where: str, tensors: Mapping[str, StoredTensor], requested: torch
     return found.pop()
 
 
+def _tensors(projector: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and what quantised weights consist of."""
+    return {**dict(projector.named_parameters()), **dict(projector.named_buffers())}
+
+
 def fill(
     where: str,
     projector: nn.Module,
@@ -223,17 +250,25 @@ def fill(
 
     With a device, memory for the parameters is taken there, and only then: what shapes ask for may be absurd.
     """
-    parameters = dict(projector.named_parameters())
+    parameters = _tensors(projector)
     expected = {e.official: tuple(e.view(parameters[e.ours].to("meta")).shape) for e in places}
-    check_whole(where, expected, tensors, THIS_PROJECTOR)
+    integers = {e.official for e in places if not parameters[e.ours].is_floating_point()}
+    check_whole(where, expected, tensors, THIS_PROJECTOR, integers)
     if device is not None:
-        parameters = dict(projector.to_empty(device=device).named_parameters())
+        parameters = _tensors(projector.to_empty(device=device))
     with torch.no_grad():
         for entry in places:
-            entry.view(parameters[entry.ours]).copy_(tensors[entry.official].load())
-            part = entry.part(parameters[entry.ours])
+            found, part = tensors[entry.official].load(), entry.part(parameters[entry.ours])
+            if entry.official in integers and found.dtype != part.dtype:
+                raise CheckpointError(
+                    f"{where}: {entry.official} is {found.dtype} where {part.dtype} is expected: {THIS_PROJECTOR}"
+                )
+            entry.view(parameters[entry.ours]).copy_(found)
             if not all(bound.isfinite() for bound in torch.aminmax(part)):
                 raise CheckpointError(
                     f"{where}: {entry.official} holds NaN or infinite values as {part.dtype}: the run that wrote it "
                     "diverged, the file is damaged, or the type is too narrow: use an earlier one, or another dtype"
                 )
+    for name, module in projector.named_modules():
+        if isinstance(module, QuantizedWeight) and not module.is_finite():
+            raise CheckpointError(f"{where}: {name} holds NaN or infinite values: the file is damaged, fetch it again")

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from sp_fast.bench.cli import app as bench
+from sp_fast.compress_cli import compress
 from sp_fast.convert_cli import convert
 from sp_fast.generate_cli import generate
 from sp_fast.training.cli import app as train
@@ -20,6 +21,7 @@ from sp_fast.version import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 app.add_typer(train, name="train")
+app.command()(compress)
 app.command()(convert)
 app.command()(generate)
 

@@ -27,6 +27,7 @@ from sp_fast.compact_shared import NestedExtractor, ResampledExtractor
 from sp_fast.config import SPProjectorConfig
 from sp_fast.kernels.window import Window, encode_windows
 from sp_fast.kernels.windowed_matmul import windowed_matmul
+from sp_fast.quantize import packed_matmul
 
 
 class BottleneckExtractor(CompactExtractor):
@@ -36,6 +37,8 @@ class BottleneckExtractor(CompactExtractor):
     ``reduce_weight`` ``[rank, C]``, ``spatial_weight`` and ``detail_weight`` ``[cells, rank, D]``. The 1x1 convolution
     is one product of all patches, which is the BLAS's on every backend.
     """
+
+    packed = ("spatial_weight", "detail_weight")
 
     def __init__(self, config: SPProjectorConfig, **factory: object) -> None:
         super().__init__(config, **factory)
@@ -56,7 +59,7 @@ class BottleneckExtractor(CompactExtractor):
 
     def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
         rows = self._rows(self._narrowed(patch_features), backend)
-        return windowed_matmul(rows, self._weights("weight"), self._encoded, backend)
+        return packed_matmul(rows, self._weights("weight"), self._encoded, backend)
 
     def dense_weights(self) -> list[Tensor]:
         return [self._widened(weight) for weight in self._weights("weight")]
@@ -160,6 +163,8 @@ class SeparableExtractor(CompactExtractor):
     ``detail_down`` alike.
     """
 
+    packed = ("spatial_across", "detail_across", "spatial_down", "detail_down")
+
     def __init__(self, config: SPProjectorConfig, **factory: object) -> None:
         super().__init__(config, **factory)
         self._encoded = [encode_windows(windows) for windows in compact_geometry.separable_windows(config)]
@@ -188,8 +193,8 @@ class SeparableExtractor(CompactExtractor):
 
     def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
         first, second = self._encoded
-        middle = windowed_matmul(self._rows(patch_features, backend), self._weights("across"), first, backend)
-        z = windowed_matmul(middle, self._weights("down"), second, backend)
+        middle = packed_matmul(self._rows(patch_features, backend), self._weights("across"), first, backend)
+        z = packed_matmul(middle, self._weights("down"), second, backend)
         sides = self.config.detail_sides
         spatial, *details = z.split([len(self.config.levels), *(side * side for side in sides)], dim=1)
         by_row = [

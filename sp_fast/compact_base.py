@@ -52,15 +52,20 @@ class CompactExtractor(nn.Module):
         parts = [("spatial", self.config.levels), ("detail", self.config.detail_kernels)]
         return [getattr(self, f"{part}_{suffix}") for part, present in parts if present]
 
+    def _check_dtype(self, features: Tensor) -> None:
+        """Against the parameters; where all are quantised, features of any type will do."""
+        if (own := next(self.parameters(), None)) is not None:
+            check_dtype(features, own)
+
     def _rows(self, features: Tensor, backend: str) -> Tensor:
         """``[B, R, channels]``: features and their pools, as geometry's windows read them."""
-        check_dtype(features, next(self.parameters()))
+        self._check_dtype(features)
         config = self.config
         return pooled_rows(features, config.grid, self._origin, config.map_size, self._pooled, backend)
 
     def _narrowed(self, patch_features: Tensor) -> Tensor:
         """Through the shared 1x1 convolution, where there is one, to ``[B, N, rank]``."""
-        check_dtype(patch_features, next(self.parameters()))
+        self._check_dtype(patch_features)
         return patch_features if self.reduce_weight is None else F.linear(patch_features, self.reduce_weight)
 
     def _widened(self, weight: Tensor) -> Tensor:

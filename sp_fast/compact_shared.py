@@ -13,7 +13,7 @@ from sp_fast import compact_geometry, geometry
 from sp_fast.compact_base import CompactExtractor, Shapes, by_weight, packed_shapes, reduce_shape, region_of, uniform_
 from sp_fast.config import SPProjectorConfig
 from sp_fast.kernels.window import Window, encode_windows
-from sp_fast.kernels.windowed_matmul import windowed_matmul
+from sp_fast.quantize import packed_matmul
 
 
 class NestedExtractor(CompactExtractor):
@@ -23,6 +23,8 @@ class NestedExtractor(CompactExtractor):
     and a ring four windows; ``reduce_weight`` ``[rank, C]`` where there is a rank. Crops multiply each ring once: their
     tokens are running sums. The sums of pieces are taken in float32 at least.
     """
+
+    packed = ("shared_weight",)
 
     def __init__(self, config: SPProjectorConfig, **factory: object) -> None:
         super().__init__(config, **factory)
@@ -46,7 +48,7 @@ class NestedExtractor(CompactExtractor):
 
     def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
         rows = self._rows(self._narrowed(patch_features), backend)
-        z = windowed_matmul(rows, [self.shared_weight], self._encoded, backend)
+        z = packed_matmul(rows, [self.shared_weight], self._encoded, backend)
         tokens = len(self.config.levels)
         outputs = [1] * tokens + [side * side for side in self.config.detail_sides]
         parts = z.split([n * count for n, count in zip(outputs, self._counts, strict=True)], dim=1)
@@ -71,6 +73,8 @@ class ResampledExtractor(CompactExtractor):
     spreads each weight over its bin. A detail's regions are laid out before they are averaged, 13 MB an image without
     a rank and 0.8 MB at a rank of 64. Averaging is torch's own on every backend.
     """
+
+    packed = ("spatial_weight", "detail_weight")
 
     def __init__(self, config: SPProjectorConfig, **factory: object) -> None:
         super().__init__(config, **factory)
@@ -97,7 +101,7 @@ class ResampledExtractor(CompactExtractor):
     def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
         rows = self._rows(self._narrowed(patch_features), backend)
         averaged = [self._resample(rows, w) for w in self.windows]
-        return windowed_matmul(torch.cat(averaged, dim=1), self._weights("weight"), self._encoded, backend)
+        return packed_matmul(torch.cat(averaged, dim=1), self._weights("weight"), self._encoded, backend)
 
     def _resample(self, rows: Tensor, w: Window) -> Tensor:
         """The window's regions averaged, ``[B, outputs * K * K, channels]``."""
@@ -114,10 +118,10 @@ class ResampledExtractor(CompactExtractor):
             kernels = self._widened(weight).split(area)
             for w, kernel in zip(mine, kernels if i or not self.config.levels else kernels * len(mine), strict=True):
                 wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
-                dense.append(torch.einsum("kn,kcd->ncd", self._averaging(w).to(wide), wide).to(kernel.dtype))
+                dense.append(torch.einsum("kn,kcd->ncd", self.averaging(w).to(wide), wide).to(kernel.dtype))
         return by_weight(self.windows, dense)
 
-    def _averaging(self, w: Window) -> Tensor:
+    def averaging(self, w: Window) -> Tensor:
         """The window's averaging as a matrix ``[K * K, cells]``."""
         axes = []
         for side in (w.height, w.width):

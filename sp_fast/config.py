@@ -15,6 +15,9 @@ PYRAMIDS = ("crop", "pool", "sliding")
 EXTRACTORS = ("full", "transformer", "none", *COMPACT)
 FUSIONS = ("concat", "sum")
 NAN_PLACES = ("spatial", "detail", "logits")
+QUANTIZATIONS = ("int8", "fp8", "int4")
+# Of what is written, where None: files and result lines from before stay equal.
+_LEFT_OUT = (*COMPACT_FIELDS, "quantization")
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,14 @@ class SPProjectorConfig:
     groups: int | None = None
     #: side of the one kernel that all regions are averaged to ("resampled"). None: 8, or the largest region's
     base_kernel: int | None = None
+    #: how the packed weights are stored for inference: "int8", "fp8" (e4m3) or "int4"; see sp_fast.quantize
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         _choice("pyramid", self.pyramid, PYRAMIDS)
         _choice("extractor", self.extractor, EXTRACTORS)
         _choice("detail_fusion", self.detail_fusion, FUSIONS)
+        _choice("quantization", self.quantization, (None, *QUANTIZATIONS))
         for name in ("grid", "detail_stride", "vision_width", "spatial_width", "text_width"):
             self._set(name, _positive(name, getattr(self, name)))
         if self.kernel_sizes is None:
@@ -246,10 +252,10 @@ class SPProjectorConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON; ``from_dict`` gives an equal configuration back.
 
-        Without the compact fields that are None: other projectors are written as before there were any.
+        Without the compact fields and the quantisation where None: other projectors are written as before.
         """
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        return {name: v for name, v in values.items() if v is not None or name not in COMPACT_FIELDS}
+        return {name: v for name, v in values.items() if v is not None or name not in _LEFT_OUT}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SPProjectorConfig:

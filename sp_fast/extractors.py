@@ -17,7 +17,7 @@ from sp_fast.config import SPProjectorConfig
 from sp_fast.interface import check_dtype
 from sp_fast.kernels.pooled_rows import pooled_rows
 from sp_fast.kernels.window import encode_windows
-from sp_fast.kernels.windowed_matmul import windowed_matmul
+from sp_fast.quantize import PackedWeight, packed_matmul
 
 
 class WindowedExtractor(nn.Module):
@@ -25,6 +25,8 @@ class WindowedExtractor(nn.Module):
 
     ``spatial_weight`` is ``[sum of height * width over levels, C, D]``, ``detail_weight`` ``[sum of k * k, C, D]``.
     """
+
+    packed = ("spatial_weight", "detail_weight")  # what can be quantised
 
     def __init__(self, config: SPProjectorConfig, **factory: object) -> None:
         super().__init__()
@@ -46,16 +48,17 @@ class WindowedExtractor(nn.Module):
             bound = 1 / math.sqrt(self.config.vision_width * w.cells)
             nn.init.uniform_(weights[w.weight][w.cell : w.cell + w.cells], -bound, bound)
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self) -> list[PackedWeight]:
         return [weight for weight in (self.spatial_weight, self.detail_weight) if weight is not None]
 
     def forward(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
         return self.extract(patch_features, self._weights(), backend)
 
-    def extract(self, patch_features: Tensor, weights: list[Tensor], backend: str) -> Tensor:
-        """The forward with weights from elsewhere, packed alike."""
-        check_dtype(patch_features, weights[0])
-        return windowed_matmul(self.rows(patch_features, backend), weights, self._encoded, backend)
+    def extract(self, patch_features: Tensor, weights: list[PackedWeight], backend: str) -> Tensor:
+        """The forward with weights from elsewhere, packed alike; quantised ones take features of any type."""
+        if isinstance(weights[0], Tensor):
+            check_dtype(patch_features, weights[0])
+        return packed_matmul(self.rows(patch_features, backend), weights, self._encoded, backend)
 
     def rows(self, patch_features: Tensor, backend: str = "torch") -> Tensor:
         """What the windows read, ``[B, R, C]``: the patch features, and after them the pooled levels."""

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from sp_fast.backend import Backend, check_backend, choose_backend
 from sp_fast.compact_config import COMPACT, COMPACT_FIELDS
 from sp_fast.config import NAN_PLACES, SPProjectorConfig
+from sp_fast.errors import SPFastError
 from sp_fast.extractors import EXTRACTORS
 from sp_fast.integrator import NORM_EPS, DetailIntegrator, finite_where, init_linear, is_plain
 from sp_fast.interface import ProjectorOutput, check_dtype, check_patch_features
 from sp_fast.kernels.token_head import token_head
+from sp_fast.quantize import dequantize, quantize, quantize_extractor, untrainable
 
 
 class SPProjector(nn.Module):
@@ -52,6 +54,8 @@ class SPProjector(nn.Module):
         self.config = config
         self._requested = check_backend(backend)
         self.extractor = EXTRACTORS[config.extractor](config, **factory)
+        if config.quantization is not None:
+            quantize_extractor(self.extractor, config.quantization)
         self.integrator = DetailIntegrator(config, **factory) if config.attends else None
         self.output = None
         if config.spatial_tokens:
@@ -118,10 +122,10 @@ class SPProjector(nn.Module):
     def _run(self, patch_features: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Tokens, what the extractor gave, attention."""
         check_patch_features(patch_features, self.config)
+        check_dtype(patch_features, next(self.parameters()))
         backend = self._backend_for(patch_features).name
         z = self.extractor(patch_features, backend)
         if self.output is None:  # two products, which are cuBLAS's on every backend
-            check_dtype(patch_features, next(self.parameters()))
             return self.patch_mlp(patch_features), z, ()
         if backend == "triton" and is_plain(self):
             tokens, attention = token_head(z, patch_features, **self._head_arguments(with_patches=True))
@@ -206,13 +210,15 @@ class SPProjector(nn.Module):
         published widths.
 
         Raises:
-            ValueError: the projector is not compact.
+            ValueError: the projector is not compact, or is quantised.
         """
         if self.config.extractor not in COMPACT:
             raise ValueError(
                 f"extractor={self.config.extractor!r} is not compact, and has nothing to expand: use the projector "
                 "itself"
             )
+        if self.config.quantization is not None:
+            raise ValueError(f"the weights are quantised to {self.config.quantization}: expand projector.dequantized()")
         config = replace(self.config, extractor="full", **dict.fromkeys(COMPACT_FIELDS))
         full = SPProjector(config, self._requested, device="meta")
         with torch.no_grad():
@@ -242,6 +248,28 @@ class SPProjector(nn.Module):
         from sp_fast.checkpoint import load_pretrained
 
         return load_pretrained(cls, folder, backend=backend, device=device, dtype=dtype)
+
+    def quantized(self, scheme: str) -> SPProjector:
+        """A copy for inference whose packed weights are "int8", "fp8" (e4m3) or "int4".
+
+        Raises:
+            ConfigError: an unknown scheme, or a projector that cannot have it, or has one.
+        """
+        return quantize(self, scheme)
+
+    def dequantized(self) -> SPProjector:
+        """A copy of a quantised projector with the same numbers as ordinary weights, of the other parameters' type.
+
+        Raises:
+            ConfigError: it is not quantised.
+        """
+        return dequantize(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> SPProjector:
+        """As torch's. Raises SPFastError where quantised weights are to be trained; single layers still can be."""
+        if requires_grad and self.config.quantization is not None:
+            raise SPFastError(untrainable(self.config.quantization))
+        return super().requires_grad_(requires_grad)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend.name} ({self.backend.reason}), {self.config}"

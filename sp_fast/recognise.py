@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from sp_fast import geometry
 from sp_fast.compact_config import COMPACT
@@ -117,8 +117,15 @@ def check_size(where: str, config: SPProjectorConfig, shapes: Shapes) -> None:
         )
 
 
-def check_whole(where: str, expected: Shapes, tensors: Mapping[str, StoredTensor], way_out: str) -> None:
-    """Raises CheckpointError unless the tensors are the expected ones, all of them, each of its shape and a float."""
+def check_whole(
+    where: str,
+    expected: Shapes,
+    tensors: Mapping[str, StoredTensor],
+    way_out: str,
+    integers: Container[str] = (),
+) -> None:
+    """Raises CheckpointError unless the tensors are the expected ones, all of them, each of its shape and a float, but
+    for those that are to be ``integers``."""
     problems = []
     if missing := expected.keys() - tensors.keys():
         problems.append(f"missing {listed(missing)}")
@@ -130,7 +137,7 @@ def check_whole(where: str, expected: Shapes, tensors: Mapping[str, StoredTensor
         for key in both
         if tensors[key].shape != expected[key]
     ][:4]
-    if quantised := [key for key in both if tensors[key].dtype is None]:
+    if quantised := [key for key in both if tensors[key].dtype is None and key not in integers]:
         problems.append(f"not floating-point: {listed(quantised)} (give the checkpoint before quantisation)")
     if problems:
         raise CheckpointError(f"{where}: {'; '.join(problems)}: {way_out}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sp_fast.errors import TrainingError
 from sp_fast.llava_sp.assemble import Assembly, assemble, disassemble
+from sp_fast.quantize import untrainable
 from sp_fast.training.encoding import Encoder
 from sp_fast.training.examples import Examples, Progress
 from sp_fast.training.recipe import Recipe
@@ -15,7 +16,19 @@ DEFAULT_PROJECTOR = "crop-dfi"
 
 
 def read_parts(recipe: Recipe) -> Assembly:
-    """The model's parts, unread. Raises CheckpointError or ConfigError where they do not fit."""
+    """The model's parts, unread.
+
+    Raises:
+        CheckpointError, ConfigError: parts that do not fit.
+        TrainingError: the projector's weights are quantised.
+    """
+    assembly = _assembly(recipe)
+    if (scheme := assembly.config.projector.quantization) is not None:
+        raise TrainingError(untrainable(scheme))
+    return assembly
+
+
+def _assembly(recipe: Recipe) -> Assembly:
     if recipe.model is not None:
         return disassemble(recipe.model, recipe.template)
     named = recipe.projector or DEFAULT_PROJECTOR

@@ -124,11 +124,17 @@ def _our_config(source: Path) -> LlavaSpConfig:
             "model of transformers, or leave out --to official to convert official files"
         )
     try:
-        return LlavaSpConfig.from_dict(values)
+        config = LlavaSpConfig.from_dict(values)
     except SPFastError:
         raise
     except Exception as error:  # configurations check themselves in any way
         raise CheckpointError(f"{path} is no LLaVA-SP configuration ({first_line(error)}): fetch it again") from error
+    if (scheme := config.projector.quantization) is not None:
+        raise CheckpointError(
+            f"{source} has a projector whose packed weights are quantised to {scheme}, which the official layout has no "
+            "place for: convert the model before quantisation, or one with projector.dequantized()"
+        )
+    return config
 
 
 def _variant(where: str, config: LlavaSpConfig, projector: Mapping[str, StoredTensor]) -> str:

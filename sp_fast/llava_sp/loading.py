@@ -21,6 +21,7 @@ from sp_fast.llava_sp.lora import is_adapter
 from sp_fast.llava_sp.modeling import LlavaSpForConditionalGeneration
 from sp_fast.llava_sp.official_names import PROJECTOR
 from sp_fast.llava_sp.processing import LlavaSpProcessor
+from sp_fast.quantize import STORED
 from sp_fast.recognise import listed
 from sp_fast.stored_tensor import StoredTensor
 from sp_fast.tensor_files import read_json, stored_tensors
@@ -118,10 +119,14 @@ def _check_folder(path: Path) -> dict[str, Any]:
 
 
 def _check_unquantised(path: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-    """A language model may be quantised, and says so; whole numbers anywhere else would be read as the weights."""
+    """A language model may be quantised, and a projector by ``SPProjector.quantized``, and each says so; whole numbers
+    anywhere else would be read as the weights."""
     odd = [name for name, tensor in tensors.items() if tensor.dtype is None]
     if "quantization_config" in config:
         odd = [name for name in odd if name.startswith(PROJECTOR)]
+    projector = config.get("projector_config")
+    if isinstance(projector, dict) and projector.get("quantization"):
+        odd = [name for name in odd if not (name.startswith(PROJECTOR) and name.endswith(STORED))]
     if odd:
         raise CheckpointError(
             f"{path} is quantised where it must not be, in {listed(odd)}: give the model from before quantisation, or "

@@ -121,7 +121,7 @@ class LlavaSpProcessor(LlavaProcessor):
         if template is None and tokenizer.chat_template is not None:
             template = _AS_TEXT + tokenizer.chat_template.removeprefix(_AS_TEXT)
         return cls(
-            image_processor=_image_processor(size, has_cls=kind.has_cls),
+            image_processor=image_processor(size, has_cls=kind.has_cls),
             tokenizer=tokenizer,
             patch_size=config.vision_config.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -148,7 +148,8 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
 
-def _image_processor(size: int, has_cls: bool) -> Any:
+def image_processor(size: int, has_cls: bool) -> Any:
+    """Of a tower's image size, in pixels; CLIP's normalisation, or SigLIP's for a tower without CLS."""
     try:
         from transformers import LlavaImageProcessorPil as Processor
     except ImportError:

@@ -17,7 +17,10 @@ from sp_fast.errors import ConfigError
 from sp_fast.stored_tensor import StoredTensor
 
 INDEX_FILE = "model.safetensors.index.json"
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32",  # of quantised weights
+}  # fmt: skip
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 

@@ -1,0 +1,87 @@
+"""The patch features that a compression is fitted to and judged by: who gives them, and how they are split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sp_fast.config import SPProjectorConfig
+from sp_fast.errors import CheckpointError, ConfigError
+from sp_fast.interface import check_patch_features
+from sp_fast.tensor_files import file_problem, read_file
+
+MOST = 256  # images that are used of many: 600 MB of features at the published widths
+LEAST = 4
+RANDOM = 8  # images of random features
+SPLIT = "of every four images, by name, two are fitted, one decides when to stop, one is held out for the errors"
+_NAME = "features"
+
+
+@dataclass(frozen=True)
+class Features:
+    """``[n, N, C]`` float32 each. Without images there is only ``held_out``, at random."""
+
+    origin: str
+    fitted: Tensor
+    deciding: Tensor
+    held_out: Tensor
+
+    @property
+    def given(self) -> bool:
+        """Whether there is something to fit to."""
+        return len(self.fitted) > 0
+
+
+def spread(count: int) -> list[int]:
+    """Which of so many images are used: all, or ``MOST`` at equal distances."""
+    return [i * count // min(count, MOST) for i in range(min(count, MOST))]
+
+
+def split(features: Tensor, origin: str, config: SPProjectorConfig) -> Features:
+    """As ``SPLIT`` says, of features ``[n, N, C]``.
+
+    Raises:
+        ConfigError: too few images, another width or grid than the projector's, NaN or infinite values.
+    """
+    try:
+        check_patch_features(features, config)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+    if len(features) < LEAST:
+        raise ConfigError(f"{origin} has {len(features)} images, and {LEAST} are needed at least: {SPLIT}")
+    if not features.isfinite().all():
+        raise ConfigError(f"{origin} has NaN or infinite values: compute the features again")
+    place = torch.arange(len(features)) % 4
+    return Features(origin, *(features[chosen].float() for chosen in (place < 2, place == 2, place == 3)))
+
+
+def stored_features(path: Path) -> Tensor:
+    """The tensor "features" of a safetensors file, or its only one: ``[n, N, C]``, CLS removed, row-major.
+
+    Of more than ``MOST`` images as many at equal distances.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one without it.
+    """
+    if problem := file_problem(path):
+        raise CheckpointError(f"{path} {problem}: give a safetensors file of patch features")
+    tensors = read_file(path)
+    found = tensors.get(_NAME) or (next(iter(tensors.values())) if len(tensors) == 1 else None)
+    if found is None or found.dtype is None:
+        raise CheckpointError(
+            f"{path} has no floating-point tensor {_NAME!r} [images, patches, width]: save it as that"
+        )
+    loaded = found.load()
+    return loaded[spread(len(loaded))] if loaded.dim() == 3 else loaded
+
+
+def random_features(config: SPProjectorConfig, seed: int = 0) -> Features:
+    """Normal, around a mean that all patches share, as features of a vision tower have one; only to judge by."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(RANDOM, config.patch_tokens, config.vision_width, generator=generator)
+    noise += torch.randn(config.vision_width, generator=generator)
+    origin = f"{RANDOM} images of random features with a common mean, as no images are given (seed {seed})"
+    return Features(origin, noise[:0], noise[:0], noise)
