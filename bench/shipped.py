@@ -21,12 +21,17 @@ from sp_fast.config import NAN_PLACES
 from sp_fast.errors import BackendError
 from sp_fast.kernels.device import CHIPS, Chip, has_triton, interpreting, pretend
 from sp_fast.kernels.launch import Launch, Recorded, recording
+from sp_fast.kernels.quantized import SCHEMES
 from sp_fast.kernels.tiles import bucket_of
 
 VARIANTS = ("crop-dfi", "pool-dfi")
 BATCHES = range(1, 257)  # every way to compile occurs: for 1 image, for multiples of 16, for what fits one tile
+# Of them, all ways in which launches on quantised weights compile: fewer than of all others together.
+QUANTIZED_BATCHES = (1, 2, 3, 5, 9, 16, 17, 32, 33, 64, 65, 80)
 
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: 
     from sp_fast.kernels.spatial_tail_triton import spatial_tail_triton
     from sp_fast.kernels.windowed_matmul_drows_triton import windowed_matmul_drows_triton
     from sp_fast.kernels.windowed_matmul_dweight_triton import windowed_matmul_dweight_triton
+    from sp_fast.kernels.windowed_matmul_quantized_triton import windowed_matmul_quantized_triton
     from sp_fast.kernels.windowed_matmul_triton import windowed_matmul_triton
 
     def empty(*shape: int) -> Tensor:
@@ -125,6 +131,11 @@ def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: 
             rows = pooled_rows_triton(rows, *square)
         gelu_rows_triton(empty(batch, config.patch_tokens, config.text_width), spatial)
         z = windowed_matmul_triton(rows, weights, windows)
+        for scheme in SCHEMES.values() if batch in QUANTIZED_BATCHES else ():
+            shapes = [scheme.shapes(len(weight), width, depth) for weight in weights]
+            values = [torch.empty(shape, dtype=scheme.dtype, device="meta") for shape, _ in shapes]
+            scales = [torch.empty(shape, dtype=torch.float32, device="meta") for _, shape in shapes]
+            windowed_matmul_quantized_triton(rows, values, scales, windows)
         tail = SpatialTail.empty(z, details, config.fused_width)
         tokens = empty(batch, spatial + config.patch_tokens, config.text_width)
         output = empty(config.text_width, config.fused_width)

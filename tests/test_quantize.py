@@ -215,7 +215,7 @@ def test_the_official_layout_has_none(tmp_path):
 
 
 def test_quantised_weights_are_not_trained():
-    projector, other = build()
+    _, other = build()
     for ask in (other.requires_grad_, other.extractor.spatial_weight.requires_grad_):
         with pytest.raises(SPFastError, match=r"quantised to int8 and cannot be trained: train .*dequantized\(\)"):
             ask()
