@@ -138,7 +138,8 @@ def _stream_breaches(configuration: Configuration, figures: Figures) -> list[str
     if streaming < count:
         found.append(
             f"{streaming} of {count} main loops copy a weight tile of {weight} bytes asynchronously and "
-            f"{8 * min(widths.values())} bits at a time; so copied are {copied} bytes: take 2 stages or more, and contiguous weights"
+            f"{8 * min(widths.values())} bits at a time; so copied are {copied} bytes: take 2 stages or more, and "
+            "contiguous weights"
         )
     if waiting := sum(loop.get(opcode, 0) for loop in loops for opcode in LOADS):
         found.append(
