@@ -10,12 +10,16 @@ from sp_fast.bench.shipped import Configuration, Source
 from sp_fast.kernels.tiles import LARGE
 
 STREAM = "windowed_matmul_fwd"  # reads the weights, 1.8 GB: what limits small batches
+QUANTIZED_STREAM = "windowed_matmul_quantized"  # reads quantised ones, a half or a quarter of that
 WRITE_STREAM = "windowed_matmul_dweight"  # writes their gradient
 COLUMNS = "windowed_matmul_columns"  # reads them once more, for the rows' gradient
 STREAM_BYTES = 64 * 1024  # on their way to a multiprocessor: twice what 4.3 TB/s over 132 of them need at 1 us latency
 TENSOR_CORES = {90: "HGMMA", 100: "UTCHMMA"}  # of 16-bit products; elsewhere HMMA
 EXACT_PRODUCTS = ("FFMA", "FFMA2")  # of float32, which is not to be rounded to tf32
 WIDE_COPIES = ("LDGSTS.128", *BULK_COPIES)
+# Bytes a thread. Bytes that are widened in registers lie in shared memory so that a thread finds its own, and on sm_90
+# no more than 8 of them together.
+COPY_BYTES = {STREAM: {"LDGSTS.128": 16}, QUANTIZED_STREAM: {"LDGSTS.128": 16, "LDGSTS.64": 8}}
 KEEPS_HINTS = (3, 9)  # triton's first version whose asynchronous copies keep an L2 hint, from sm_90 on
 
 
@@ -38,13 +42,16 @@ class Figures:
 
 def kinds(source: Source) -> list[str]:
     """Windows of one output, of many: each kind has its own loop in the weight stream. Other kernels have none."""
-    return [kind for kind in ("SINGLE", "MANY") if source.kernel == STREAM and dict(source.constants)[kind]]
+    return [kind for kind in ("SINGLE", "MANY") if source.kernel in COPY_BYTES and dict(source.constants)[kind]]
 
 
 def _tile_bytes(source: Source, rows: int = 0) -> int:
     """Of a tile of the weight, and of as many rows beside it."""
-    constants = dict(source.constants)
-    return constants["BLOCK_K"] * (constants["BLOCK_D"] + rows) * DTYPES[source.dtype].itemsize
+    constants, itemsize = dict(source.constants), DTYPES[source.dtype].itemsize
+    if source.kernel == QUANTIZED_STREAM:  # BLOCK_K bytes, of int4 each of two channels
+        channels = constants["C"] // constants["K"]
+        return constants["BLOCK_K"] * (constants["BLOCK_D"] + rows * channels * itemsize)
+    return constants["BLOCK_K"] * (constants["BLOCK_D"] + rows) * itemsize
 
 
 def pipeline_bytes(source: Source, kind: str) -> int:
@@ -67,7 +74,12 @@ def breaches(configuration: Configuration, figures: Figures) -> list[str]:
             f"{figures.shared_bytes} bytes of shared memory, where a block on sm_{chip.capability} has "
             f"{chip.shared_memory}: take fewer stages or smaller tiles"
         )
-    rules = {STREAM: _stream_breaches, WRITE_STREAM: _write_breaches, COLUMNS: _column_breaches}
+    rules = {
+        STREAM: _stream_breaches,
+        QUANTIZED_STREAM: _stream_breaches,
+        WRITE_STREAM: _write_breaches,
+        COLUMNS: _column_breaches,
+    }
     rule = rules.get(configuration.source.kernel)
     return found + (rule(configuration, figures) if rule else [])
 
@@ -123,12 +135,14 @@ def _stream_breaches(configuration: Configuration, figures: Figures) -> list[str
     multiplying = sum(any(map(loop.get, products)) for loop in loops)
     if multiplying < count:
         found.append(f"{multiplying} of {count} main loops multiply with {' or '.join(products)}: {_way_out(source)}")
-    copied = [16 * figures.threads * loop.get("LDGSTS.128", 0) for loop in loops]
+    widths = COPY_BYTES[source.kernel]
+    copied = [figures.threads * sum(n * loop.get(opcode, 0) for opcode, n in widths.items()) for loop in loops]
     streaming = sum(n >= weight or any(map(loop.get, BULK_COPIES)) for n, loop in zip(copied, loops, strict=True))
     if streaming < count:
         found.append(
-            f"{streaming} of {count} main loops copy a weight tile of {weight} bytes asynchronously and 128 bits at a "
-            f"time; so copied are {copied} bytes: take 2 stages or more, and contiguous weights"
+            f"{streaming} of {count} main loops copy a weight tile of {weight} bytes asynchronously and "
+            f"{8 * min(widths.values())} bits at a time; so copied are {copied} bytes: take 2 stages or more, and "
+            "contiguous weights"
         )
     if waiting := sum(loop.get(opcode, 0) for loop in loops for opcode in LOADS):
         found.append(

@@ -22,6 +22,7 @@ from sp_fast.config import NAN_PLACES
 from sp_fast.errors import BackendError
 from sp_fast.kernels.device import CHIPS, Chip, has_triton, interpreting, pretend
 from sp_fast.kernels.launch import Launch, Recorded, recording
+from sp_fast.kernels.quantized import SCHEMES
 from sp_fast.kernels.tiles import bucket_of
 from sp_fast.kernels.window import Window
 from sp_fast.kernels.windowed_matmul import disjoint_layers
@@ -39,10 +40,15 @@ COMPACT_VARIANTS: dict[str, dict[str, Any]] = {
 }
 COMPACT_BATCHES = (1, 16, 256)
 
+# Of them, all ways in which launches on quantised weights compile: fewer than of all others together.
+QUANTIZED_BATCHES = (1, 2, 3, 5, 9, 16, 17, 32, 33, 64, 65, 80)
+
 #: Rows of an image and their width, cells of each packed weight, width of the outputs, windows.
 Multiplied = tuple[tuple[int, int], list[int], int, list[Window]]
 
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: 
     from sp_fast.kernels.spatial_tail_triton import spatial_tail_triton
     from sp_fast.kernels.windowed_matmul_drows_triton import windowed_matmul_drows_triton
     from sp_fast.kernels.windowed_matmul_dweight_triton import windowed_matmul_dweight_triton
+    from sp_fast.kernels.windowed_matmul_quantized_triton import windowed_matmul_quantized_triton
     from sp_fast.kernels.windowed_matmul_triton import windowed_matmul_triton
 
     def empty(*shape: int) -> Tensor:
@@ -150,6 +157,11 @@ def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: 
         for shape, cells, outer, windows in _windowed(config):
             rows, weights = empty(batch, *shape), [empty(count, shape[1], outer) for count in cells]
             z = windowed_matmul_triton(rows, weights, windows)
+            for scheme in SCHEMES.values() if config.extractor == "full" and batch in QUANTIZED_BATCHES else ():
+                shapes = [scheme.shapes(count, shape[1], outer) for count in cells]
+                values = [torch.empty(one, dtype=scheme.dtype, device="meta") for one, _ in shapes]
+                scales = [torch.empty(one, dtype=torch.float32, device="meta") for _, one in shapes]
+                windowed_matmul_quantized_triton(rows, values, scales, windows)
             wide = [torch.empty_like(weight, dtype=torch.float32) for weight in weights]
             layers = disjoint_layers(windows)
             for buffers, add in itertools.product((weights, wide), (False, True)):

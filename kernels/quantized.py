@@ -6,11 +6,11 @@
     fp8     value of e4m3: 4 significant bits, to 448     one scale a (cell, output)
     int4    value in -7 .. 7, stored as value + 8         one scale a group of 128 channels of a (cell, output)
 
-``values`` are ``[cells, D, K]``, a row of channels contiguous: K = C, or C / 2 bytes of int4, each with channel k in its
-low half and C / 2 + k in its high one, so that both halves of a tile of bytes meet contiguous channels. A group is 64
-neighbouring bytes. ``scales`` are ``[cells, groups, D]`` float32: published weights have scales of 1e-5, which float16
-does not, and 4 bytes are what an asynchronous copy takes at least. Groups of 128 so cost what groups of 64 would with
-scales of 16 bits: 1/16 of int4's values.
+``values`` are ``[cells, D, K]``, a row of channels contiguous: K = C, or C / 2 bytes of int4, each with channel k in
+its low half and C / 2 + k in its high one, so that both halves of a tile of bytes meet contiguous channels. A group is
+64 neighbouring bytes. ``scales`` are ``[cells, groups, D]`` float32: published weights have scales of 1e-5, which
+float16 does not, and 4 bytes are what an asynchronous copy takes at least. Groups of 128 so cost what groups of 64
+would with scales of 16 bits: 1/16 of int4's values.
 """
 
 from __future__ import annotations

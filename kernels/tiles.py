@@ -129,8 +129,10 @@ def quantized_tiles(
     """
     half = dtype.itemsize == 2
     single = min(64, power_of_two(batch)) if half else min(32, power_of_two(batch, least=4))
-    many, block_k = (64 if half and batch > 1 else 32), min(128 if half else 32, power_of_two(group))
-    tiles = QuantizedTiles(single, many, min(128, power_of_two(depth)), block_k, 5, 5, 4, channels)
+    many, warps = (64, 8) if half and batch > 1 else (32, 4)
+    block_k, stages = (128, 5) if half else (32, 8)
+    block_k, block_d = min(block_k, power_of_two(group)), min(128, power_of_two(depth))
+    tiles = QuantizedTiles(single, many, block_d, block_k, stages, stages, warps, channels)
     return _with_stages_that_fit(tiles, chip, dtype)
 
 

@@ -101,6 +101,7 @@ def windowed_matmul_dweight(
 
 
 def check_backend(backend: str, weights: int) -> None:
+    """Raises ValueError for a backend that is not known, or that does not take so many packed weights."""
     if backend not in _FORWARDS:
         raise ValueError(f"backend={backend!r} is none of {', '.join(map(repr, _FORWARDS))}")
     if backend == "triton" and weights > 2:
@@ -126,7 +127,8 @@ def _check(rows: Tensor, weights: Sequence[Tensor], windows: list[Window]) -> No
 
 
 def check_windows(rows: Tensor, cells: Sequence[int | None], windows: list[Window]) -> None:
-    """``cells`` of each weight, None for one that is not there to be held against."""
+    """Raises ValueError for a window that leaves its tensors. ``cells`` of each weight, None for one that is not there
+    to be held against."""
     for w in windows:
         if min(w.weight, w.cell, w.origin) < 0 or w.weight >= len(cells):
             raise ValueError(f"{w} leaves the weights, of which there are {len(cells)}, or begins before them")

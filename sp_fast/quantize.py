@@ -105,6 +105,7 @@ class QuantizedWeight(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """For print: scheme and shape."""
         return f"{self.scheme.name}, {tuple(self.values.shape)}"
 
 

@@ -86,6 +86,23 @@ def test_the_weight_stream_is_sound(chip, batch, dtype, product):
     assert figures.hint_kept is (KEEPS_HINTS and chip >= 90)
 
 
+@pytest.mark.parametrize(("chip", "scheme", "product"), [(80, "fp8", "HMMA"), (90, "int4", "HGMMA")])
+def test_the_quantised_stream_is_sound(chip, scheme, product):
+    """sm_80 has no fp8, and moves its bits. Half of the bytes copied, and loads that wait, are breaches."""
+    found = configurations([str(chip)], ["bfloat16"], ["crop-dfi"], [1])
+    (configuration,) = (c for c in found if dict(c.source.constants).get("SCHEME") == scheme)
+    figures = judge(configuration).figures
+    assert breaches(configuration, figures) == []
+    assert figures.spills == 0
+    assert len(figures.loops) == 2
+    assert all(loop[product] > 0 and "LDG" not in loop for loop in figures.loops)
+    copies = ("LDGSTS.128", "LDGSTS.64")
+    fewer = [{opcode: n // 3 if opcode in copies else n for opcode, n in loop.items()} for loop in figures.loops]
+    (named,) = breaches(configuration, replace(figures, loops=tuple(fewer)))
+    tile = 128 * 128 if scheme == "fp8" else 64 * 128
+    assert f"0 of 2 main loops copy a weight tile of {tile} bytes asynchronously and 64 bits at a time" in named
+
+
 @pytest.mark.parametrize("kernel", [WRITE_STREAM, COLUMNS])
 def test_the_gradients_streams_are_sound(kernel):
     configuration = shipped_for(90, 1, kernel=kernel)

@@ -20,6 +20,7 @@ from sp_fast.kernels.tiles import (
     launch_table,
     power_of_two,
     product_tiles,
+    quantized_tiles,
     windowed_tiles,
 )
 
@@ -50,6 +51,18 @@ def test_stages_shrink_to_what_a_chip_has():
         ValueError, match=r"needs \d+ bytes of shared memory .*capability 9\.0\) has 20000: use backend='torch'"
     ):
         windowed_tiles(Chip(90, 20_000), torch.bfloat16, 1, 1024, 512)
+
+
+def test_quantised_tiles_fit_every_chip_and_end_with_a_group():
+    for chip in CHIPS.values():
+        for dtype in DTYPES:
+            for batch in (1, 2, 9, 64, 200):
+                for group, channels in ((1024, 1), (300, 1), (64, 2), (5, 2)):
+                    tiles = quantized_tiles(chip, dtype, batch, 512, group, channels)
+                    assert tiles.shared_bytes(dtype.itemsize) <= chip.shared_memory
+                    assert group % tiles.block_k == 0 or tiles.block_k <= power_of_two(group)
+    with pytest.raises(ValueError, match=r"needs \d+ bytes of shared memory .* has 20000: use backend='torch'"):
+        quantized_tiles(Chip(90, 20_000), torch.bfloat16, 1, 512, 1024, 1)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ from sp_fast import CheckpointError, SPProjector, SPProjectorConfig
 from sp_fast.bench.accuracy import relative_error
 from sp_fast.config import QUANTIZATIONS
 from sp_fast.errors import ConfigError, SPFastError, TrainingError
+from sp_fast.llava_sp import LlavaSpForConditionalGeneration
+from sp_fast.llava_sp.export import ToOfficial, plan_to_official
 from sp_fast.quantize import QuantizedWeight, dequantize, quantize
 from sp_fast.training.factored import FactoredAdamW
+from sp_fast.training.parts import read_parts
+from tests import tiny
 from tests.helpers import features_for, randomised, shrunk
 
 # Of Gaussian weights, from the step of a group whose largest lies at 2.8 (int8, fp8: 256 channels) or 2.6 standard
@@ -215,7 +220,7 @@ def test_the_official_layout_has_none(tmp_path):
 
 
 def test_quantised_weights_are_not_trained():
-    projector, other = build()
+    _, other = build()
     for ask in (other.requires_grad_, other.extractor.spatial_weight.requires_grad_):
         with pytest.raises(SPFastError, match=r"quantised to int8 and cannot be trained: train .*dequantized\(\)"):
             ask()
@@ -250,3 +255,38 @@ def test_autocast_and_an_empty_batch():
     assert tokens.dtype == torch.bfloat16
     torch.testing.assert_close(tokens.float(), other(x), rtol=0.05, atol=0.05)
     assert other(x[:0]).shape == (0, 42, 24)
+
+
+def test_a_whole_model_keeps_it(tmp_path):
+    """Saved, loaded in other types, never exported to the official layout, never trained."""
+    projector = tiny.PROJECTOR | {"quantization": "int4"}
+    model = tiny.model_of(projector=projector)
+    original = tiny.model_of()
+    made = original.model.multi_modal_projector.quantized("int4")
+    assert made.config == model.config.projector
+    model.model.multi_modal_projector = made
+    model.save_pretrained(tmp_path)
+    tiny.processor_of(model.config).save_pretrained(tmp_path)
+    x = torch.randn(1, 64, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        again = LlavaSpForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+        assert again.config.projector_config["quantization"] == "int4"
+        found = again.model.multi_modal_projector
+        assert {name: t.dtype for name, t in found.extractor.named_buffers()} == {
+            name: t.dtype for name, t in made.extractor.named_buffers()
+        }
+        assert all(torch.equal(a, b) for a, b in zip(found.extractor.buffers(), made.extractor.buffers(), strict=True))
+        assert found(x.to(dtype)).dtype == dtype
+        if dtype == torch.float32:
+            assert torch.equal(found(x), made(x))
+    with pytest.raises(CheckpointError, match="quantised to int4, and the official layout has none such"):
+        plan_to_official(ToOfficial(tmp_path, tmp_path / "official"))
+    with pytest.raises(TrainingError, match=r"quantised to int4 and cannot be trained: train .*dequantized\(\)"):
+        read_parts(SimpleNamespace(model=tmp_path, template=None))
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.multi_modal_projector.extractor.spatial_weight.stored_scales"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match="lacks model.multi_modal_projector.extractor.spatial_weight.stored_scales"
+    ):
+        LlavaSpForConditionalGeneration.from_pretrained(tmp_path)

@@ -131,8 +131,8 @@ def _our_config(source: Path) -> LlavaSpConfig:
         raise CheckpointError(f"{path} is no LLaVA-SP configuration ({first_line(error)}): fetch it again") from error
     if (scheme := config.projector.quantization) is not None:
         raise CheckpointError(
-            f"{source} has a projector whose packed weights are quantised to {scheme}, which the official layout has no "
-            "place for: convert the model before quantisation, or one with projector.dequantized()"
+            f"{source} has a projector whose packed weights are quantised to {scheme}, and the official layout has "
+            "none such: convert the model before quantisation, or one with projector.dequantized()"
         )
     return config
 

@@ -85,6 +85,8 @@ BACKWARD = [
 ]
 ADDED = f"{GRADIENTS}::test_weight_gradients_in_a_buffer_and_added_to_it[torch.float32-torch]"
 PARTS_OF_TAIL = [MUTANTS, PROJECTOR, "-k", "head_is or replaced or attention_alone or frozen"]
+QUANTISED = "tests/test_windowed_matmul_quantized.py"
+QUANTISED_TRITON = "tests/interpreter/test_windowed_matmul_quantized_triton.py"
 # File -> words for pytest: 5 to 15 s, what fails soonest first. A selection in tests/interpreter is interpreted.
 TARGETS: dict[str, list[str]] = {
     "kernels/autocast.py": [MATMUL, "-k", "autocast"],
@@ -104,10 +106,13 @@ TARGETS: dict[str, list[str]] = {
     "kernels/spatial_tail_triton.py": [MUTANTS, "-k", "head_is"],
     "kernels/token_head.py": [MUTANTS, PROJECTOR, "-k", "mutants or attention_alone or frozen or mixed or empty"],
     "kernels/token_head_backward.py": PARTS_OF_TAIL,
+    "kernels/quantized.py": [QUANTISED],
     "kernels/window.py": [GEOMETRY, MATMUL, "-k", "windows or decoding or forward or errors"],
     "kernels/windowed_matmul.py": [*BACKWARD[:2], MATMUL, "-k", "not accuracy and not long and not gradcheck"],
     "kernels/windowed_matmul_drows_triton.py": BACKWARD,
     "kernels/windowed_matmul_dweight_triton.py": BACKWARD,
+    "kernels/windowed_matmul_quantized.py": [QUANTISED],
+    "kernels/windowed_matmul_quantized_triton.py": [QUANTISED_TRITON],
     "kernels/windowed_matmul_torch.py": [
         ADDED,
         MUTANTS,
