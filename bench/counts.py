@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sp_fast import SPProjectorConfig
-from sp_fast.bench.cases import DTYPES, Case, stages_of
+from sp_fast.bench.cases import DTYPES, Case, parts_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Product:
 
 def count(case: Case) -> Count:
     """What the case costs at least."""
-    stages = [stage for stage in stages_of(case.config) if case.stage in (stage, "whole") and stage != "whole"]
+    stages = parts_of(case)
     products = [p for stage in stages for p in _PRODUCTS[stage](case.config, case.batch)]
     vectors = sum(_vectors(case.config, stage) for stage in stages)
     weights = vectors + sum(p.weights for p in products)
@@ -69,10 +69,12 @@ def _activations(case: Case) -> tuple[int, int]:
     maps = batch * sum(side * side for side in config.detail_sides)
     patches, width = batch * config.patch_tokens, config.spatial_width
     seen = max(map(max, config.levels), default=0) if config.pyramid == "crop" else config.map_size
+    mapped = config.map_size if config.detail_kernels else 0
     return {
         "whole": (patches * config.vision_width, (tokens + patches) * config.text_width),
         "spatial": (batch * seen * seen * config.vision_width, tokens * width),
         "detail": (batch * config.map_size**2 * config.vision_width, maps * width),
+        "convolutions": (batch * max(seen, mapped) ** 2 * config.vision_width, (tokens + maps) * width),
         "tail": ((tokens + maps * config.attends) * width, tokens * config.text_width),
         "mlp": (patches * config.vision_width, patches * config.text_width),
     }[case.stage]

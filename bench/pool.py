@@ -27,9 +27,14 @@ class Pool:
         name = job.implementation
         if name in self._workers and not self._workers[name].alive:
             self._workers.pop(name).close()
-        if name not in self._workers:
-            self._workers[name] = Worker(name, self._threads, self._patience)
+        self.start(name)
         return self._workers[name].build(job)
+
+    def start(self, *names: str) -> None:
+        """Their processes, side by side: each imports for seconds before it can answer."""
+        for name in names:
+            if name not in self._workers:
+                self._workers[name] = Worker(name, self._threads, self._patience)
 
     def keep(self, *names: str) -> None:
         """The others give their memory back."""
