@@ -66,13 +66,16 @@ def gpu(
         missing = {name: lacking for name in chosen if (lacking := missing_modules(name))}
         for name, lacking in missing.items():
             words = " ".join({"PIL": "pillow"}.get(module, module) for module in lacking)
-            console.print(f"{name} is left out: python has no {', '.join(lacking)}: pip install {words}", style="red")
+            console.print(
+                f"{name} is left out: python has no {', '.join(lacking)}: pip install {words}",
+                style="red",
+                soft_wrap=True,
+            )
         if found["commit"] is None:
             console.print(
                 f"no git: results name no commit; set {COMMIT_VARIABLE}=REVISION before you measure", style="yellow"
             )
         jobs = [job_of(name, PARTS[name](setting)) for name in chosen if name not in missing]
-        call.again = not any(job.left(call) for job in jobs)
         _say_what_is_left(jobs, call)
         if dry_run:
             return 0
@@ -98,7 +101,8 @@ def gpu(
 
 
 def _say_what_is_left(jobs: list, call: Any) -> int:
-    """On stderr, part by part, with estimates; gives the number of cases."""
+    """On stderr, part by part, with estimates; gives the number of cases. What failed is left once nothing else is."""
+    call.again = not any(job.left(call) for job in jobs)
     left = {job: len(job.left(call)) for job in jobs}
     for job, cases in left.items():
         if cases:

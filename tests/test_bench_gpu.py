@@ -134,7 +134,7 @@ class TestCommand:
 
     def test_it_goes_on_where_it_stopped(self, local, tmp_path):
         """A call too short begins nothing; a killed one loses the case that it was at; another machine or source, all."""
-        short = bench("--minutes", "0.5", "--part", "variants", "--out", tmp_path)
+        short = bench("--minutes", "0.4", "--part", "variants", "--out", tmp_path)
         assert short.exit_code == 1
         assert "variants: 3 left, about 0.7 min" in short.stderr
         assert not (tmp_path / "variants.jsonl").exists()
