@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 
 from sp_fast.bench import environment, gpu_jobs, model_subject, share_plugin, timing, worker
 from sp_fast.bench.cases import STAGES
+from sp_fast.bench.execute import blank_record
 from sp_fast.bench.gpu import CAMPAIGN, PARTS, SHARE_VARIABLE, Checks, Estimate, Part, Setting, Tuning
 from sp_fast.bench.gpu_jobs import Call, Checked, Measured, Outcome, Tuned, job_of
-from sp_fast.bench.record import Sink, read_records
+from sp_fast.bench.record import read_records
 from sp_fast.bench.roofline import Peaks
+from sp_fast.bench.run import Plan
+from sp_fast.bench.suite import PROJECTOR
 from sp_fast.cli import app
 from sp_fast.errors import ResourceError
 
@@ -137,15 +140,17 @@ class TestCommand:
         assert short.exit_code == 1
         assert "variants: 3 left, about 0.7 min" in short.stderr
         assert not (tmp_path / "variants.jsonl").exists()
-        assert bench("--minutes", "600", "--part", "variants", "--out", tmp_path).exit_code == 0
-        path = tmp_path / "variants.jsonl"
-        whole = read_records(path)
-        kept = path.read_text().splitlines(keepends=True)
+        path, setting = tmp_path / "variants.jsonl", Setting("cpu", 2, tmp_path, tiny=True)
+        found, job = environment.environment(torch.device("cpu")), job_of("variants", PARTS["variants"](setting))
+        blank = blank_record(Plan((), (), "cpu"), found)
+        whole = [
+            replace(blank, implementation=name, ms_p50=1.0, **PROJECTOR.fields(case, name))
+            for case in job.part.cases
+            for name in job.part.implementations
+        ]
+        kept = [r.to_json() + "\n" for r in whole]
         path.write_text("".join(kept[:-1]) + kept[-1][:50])  # in the middle of a line
-        setting, found = Setting("cpu", 2, tmp_path, tiny=True), whole[0].environment
-        job = job_of("variants", PARTS["variants"](setting))
         assert len(job.left(call_of(setting, found=found))) == 1
-        Sink(path, append=True)
         assert bench("--minutes", "600", "--part", "variants", "--out", tmp_path).exit_code == 0
         assert sorted(r.identity for r in read_records(path)) == sorted(r.identity for r in whole)
         assert job.left(call_of(setting, found=found)) == ()
