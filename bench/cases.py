@@ -12,9 +12,10 @@ from sp_fast.compact_config import COMPACT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: The parts of a projector, each measured alone, and the whole:
+#: The parts of a projector, each measured alone, and what several of them come to in one call:
 #: spatial: the SFE, pooling included; detail: the DFI's convolution; tail: attention and output layer; mlp: patch MLP
-STAGES = ("whole", "spatial", "detail", "tail", "mlp")
+STAGES = ("whole", "spatial", "detail", "convolutions", "tail", "mlp")
+COMPOSED = {"whole": ("spatial", "detail", "tail", "mlp"), "convolutions": ("spatial", "detail")}
 
 #: forward without gradients; the backward alone; both together. The patch features need no gradient, as in training.
 DIRECTIONS = ("forward", "backward", "both")
@@ -67,6 +68,13 @@ def stages_of(config: SPProjectorConfig) -> tuple[str, ...]:
     absent = {
         "spatial": not config.levels or compact,
         "detail": not config.detail_kernels or compact,
+        "convolutions": not (config.levels and config.detail_kernels) or compact,
         "tail": not config.spatial_tokens,
     }
     return tuple(stage for stage in STAGES if not absent.get(stage, False))
+
+
+def parts_of(case: Case) -> tuple[str, ...]:
+    """The stages that the case's consists of: those that it has of several, or itself."""
+    present = stages_of(case.config)
+    return tuple(stage for stage in COMPOSED.get(case.stage, (case.stage,)) if stage in present)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sp_fast.bench.command import run
+from sp_fast.bench.gpu_cli import gpu
 from sp_fast.bench.kernel_cli import static, tune
 from sp_fast.bench.model_cli import model
 from sp_fast.bench.options import (
@@ -33,6 +34,7 @@ app.command()(static)
 app.command()(tune)
 app.command()(model)
 app.command()(train)
+app.command()(gpu)
 
 
 @app.callback()
@@ -47,7 +49,8 @@ def projector(
         typer.Option(help="crop, crop-dfi (default), pool, pool-dfi, or an official name. Repeatable."),
     ] = None,
     stage: Annotated[
-        list[str] | None, typer.Option(help="whole (default), spatial, detail, tail or mlp. Repeatable.")
+        list[str] | None,
+        typer.Option(help="whole (default), spatial, detail, convolutions (both), tail or mlp. Repeatable."),
     ] = None,
     direction: Annotated[
         list[str] | None,
@@ -109,61 +112,6 @@ def projector(
         return outcome.code
 
     run("projector", command)
-
-
-@app.command()
-def gpu(
-    out: Annotated[
-        Path, typer.Option(help="Folder of result files, one a part. A second run goes on where it stopped.")
-    ],
-    part: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="baselines, accuracy, projector (by stage), variants, model, train (the projector's step), "
-            "train_model. Default: all. Repeatable."
-        ),
-    ] = None,
-    device: DeviceOption = "cuda",
-    threads: ThreadsOption = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A rehearsal: widths of a few channels.")] = False,
-    format_: FormatOption = Format.table,
-    as_json: JsonOption = False,
-) -> None:
-    """Everything worth measuring on a machine with a GPU: at most 8 minutes a part, 48 together; resumable.
-
-    Needs only a checkout: python -m sp_fast.bench gpu --out DIR. Exit code 0: complete; 1: a row was withheld or time
-    ran out (run it again to go on); 130: interrupted, finished rows are kept.
-    """
-
-    def command(console: Any) -> int:
-        import torch
-
-        from sp_fast.bench.environment import environment
-        from sp_fast.bench.execute import execute
-        from sp_fast.bench.gpu import PARTS, Setting, part_file, part_plan
-        from sp_fast.bench.plan import check_names
-        from sp_fast.bench.record import Sink
-
-        setting = Setting(usable_device(device), thread_count(threads), out, tiny)
-        check_names("part", part or (), tuple(PARTS))
-        found, code = environment(torch.device(setting.device)), 0
-        for name in part or PARTS:
-            sink = Sink(part_file(name, setting), append=True)
-            plan = part_plan(name, setting, found)
-            if not plan.cases:
-                console.print(f"{name}: complete for these sources", highlight=False)
-                continue
-            outcome = execute(plan, sink, console, found, rehearsal=tiny)
-            if outcome.records:
-                show_records(outcome.records, format_name(format_, as_json), None, False, console)
-            if outcome.unfinished:
-                console.print(f"{name}: {outcome.unfinished} cases are left; run it again to go on", style="yellow")
-            code = max(code, outcome.code)
-            if outcome.interrupted:
-                break
-        return code
-
-    run("gpu", command)
 
 
 @app.command()

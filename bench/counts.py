@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from sp_fast import SPProjectorConfig
-from sp_fast.bench.cases import DTYPES, Case, stages_of
+from sp_fast.bench.cases import DTYPES, Case, parts_of
 from sp_fast.compact import COMPACT_EXTRACTORS
 from sp_fast.compact_config import COMPACT
 from sp_fast.compact_geometry import compact_products
@@ -49,7 +49,7 @@ class Product:
 
 def count(case: Case) -> Count:
     """What the case costs at least."""
-    stages = [stage for stage in stages_of(case.config) if case.stage in (stage, "whole") and stage != "whole"]
+    stages = parts_of(case)
     products = [p for stage in stages for p in _PRODUCTS[stage](case.config, case.batch)]
     if case.stage == "whole":
         products += _compact(case.config, case.batch)
@@ -75,10 +75,12 @@ def _activations(case: Case) -> tuple[int, int]:
     maps = batch * sum(side * side for side in config.detail_sides)
     patches, width = batch * config.patch_tokens, config.spatial_width
     seen = max(map(max, config.levels), default=0) if config.pyramid == "crop" else config.map_size
+    mapped = config.map_size if config.detail_kernels else 0
     return {
         "whole": (patches * config.vision_width, (tokens + patches) * config.text_width),
         "spatial": (batch * seen * seen * config.vision_width, tokens * width),
         "detail": (batch * config.map_size**2 * config.vision_width, maps * width),
+        "convolutions": (batch * max(seen, mapped) ** 2 * config.vision_width, (tokens + maps) * width),
         "tail": ((tokens + maps * config.attends) * width, tokens * config.text_width),
         "mlp": (patches * config.vision_width, patches * config.text_width),
     }[case.stage]

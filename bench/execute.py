@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 
 from sp_fast.bench.environment import environment
 from sp_fast.bench.record import Record, Sink
+from sp_fast.bench.roofline import Peaks
 from sp_fast.bench.run import Bench, Plan, Progress
 from sp_fast.bench.worker import Worker
 
@@ -45,10 +46,22 @@ def blank_record(plan: Plan, found: dict[str, Any]) -> Record:
     )  # fmt: skip
 
 
+def peaks_of(plan: Plan, dtypes: tuple[str, ...], rehearsal: bool) -> Peaks:
+    """The limits of the plan's machine, measured in a process of their own; ``rehearsal`` takes small ones."""
+    with Worker("peaks", plan.threads, plan.patience) as worker:
+        return worker.ask("peaks", plan.device, dtypes, REHEARSAL_SHRINK if rehearsal else 1)
+
+
 def execute(
-    plan: Plan, sink: Sink, console: Console, found: dict[str, Any] | None = None, rehearsal: bool = False
+    plan: Plan,
+    sink: Sink,
+    console: Console,
+    found: dict[str, Any] | None = None,
+    rehearsal: bool = False,
+    peaks: Peaks | None = None,
 ) -> Outcome:
-    """Measures the plan; ``found`` is the environment, ``rehearsal`` takes small peaks for small shapes."""
+    """Measures the plan; ``found`` is the environment, ``rehearsal`` takes small peaks for small shapes, and ``peaks``
+    are those of this run, where they were measured already."""
     found = found or environment(torch.device(plan.device))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     unfinished = 0
@@ -65,11 +78,9 @@ def execute(
                     figure = record.withheld or (f"{record.ms_p50:.4g} ms" if record.ms_p50 else "judged")
                     console.print(f"{record.case} {record.implementation}: {figure}", highlight=False, soft_wrap=True)
 
-            peaks = None
-            if plan.turns and plan.cases:
+            if peaks is None and plan.turns and plan.cases:
                 dtypes = tuple(dict.fromkeys([*(case.dtype for case in plan.cases), "bfloat16"]))
-                with Worker("peaks", plan.threads, plan.patience) as worker:
-                    peaks = worker.ask("peaks", plan.device, dtypes, REHEARSAL_SHRINK if rehearsal else 1)
+                peaks = peaks_of(plan, dtypes, rehearsal)
             blank = replace(blank_record(plan, found), peaks=asdict(peaks) if peaks else {})
             bench = Bench(plan, peaks, blank, add, Progress(0, say))
             bench.run()

@@ -97,6 +97,12 @@ class Fast(Implementation):
         z = windowed_matmul(patch_features, weights, self._detail, backend)
         return finite_where("detail", z, config).split([side * side for side in config.detail_sides], dim=1)
 
+    def convolutions(self, patch_features: Tensor) -> tuple[Tensor, ...]:
+        config = self.module.config
+        lengths = [config.spatial_tokens, *(side * side for side in config.detail_sides)]
+        z_small, *z_big = self.module.extractor(patch_features, self.module.backend.name).split(lengths, dim=1)
+        return finite_where("spatial", z_small, config), *(finite_where("detail", z, config) for z in z_big)
+
     def tail(self, z_small: Tensor, *z_big: Tensor) -> tuple[Tensor, ...]:
         return (self.module.integrate(torch.cat([z_small, *z_big], dim=1))[0],)
 
@@ -135,6 +141,9 @@ class Reference(Implementation):
 
     def detail(self, patch_features: Tensor) -> tuple[Tensor, ...]:
         return self.module.detail_maps(patch_features)
+
+    def convolutions(self, patch_features: Tensor) -> tuple[Tensor, ...]:
+        return *self.spatial(patch_features), *self.detail(patch_features)
 
     def tail(self, z_small: Tensor, *z_big: Tensor) -> tuple[Tensor, ...]:
         return (self.module.integrate(z_small, z_big)[0],)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -53,6 +54,7 @@ def tune(
         str, typer.Option(help="bfloat16, float16 or float32: tiles depend on its size alone.")
     ] = "bfloat16",
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    table: Annotated[Path | None, typer.Option(help="Launch table to rewrite. Default: the package's own.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what was found; leave the table as it is.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every trial (ms).")] = False,
 ) -> None:
@@ -68,7 +70,7 @@ def tune(
         from sp_fast.bench.environment import check_device, environment
         from sp_fast.bench.tune import tune_bucket
         from sp_fast.errors import ConfigError, ResourceError
-        from sp_fast.kernels.tiles import BUCKETS
+        from sp_fast.kernels.tiles import BUCKETS, TABLE
 
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r} is unknown; it must be one of {', '.join(DTYPES)}")
@@ -83,7 +85,7 @@ def tune(
         found = []
         for size in batch or (*BUCKETS, 256):
             with console.status(f"B={size}"):
-                tuned = tune_bucket(torch.device(device), dtype, size, write=not dry_run)
+                tuned = tune_bucket(torch.device(device), dtype, size, None if dry_run else table or TABLE)
             console.print(tuned.line, highlight=False)
             found.append(asdict(tuned))
         if as_json:

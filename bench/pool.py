@@ -21,20 +21,28 @@ class Pool:
     def __init__(self, threads: int, patience: float) -> None:
         self._threads, self._patience = threads, patience
         self._workers: dict[str, Worker] = {}
+        self._fresh: set[str] = set()  # processes that have built nothing yet
 
     def build(self, job: Job) -> Worker:
         """The process of the job's implementation, with its subject; a dead one is replaced."""
         name = job.implementation
         if name in self._workers and not self._workers[name].alive:
             self._workers.pop(name).close()
-        if name not in self._workers:
-            self._workers[name] = Worker(name, self._threads, self._patience)
+        self.start(name)
+        self._fresh.discard(name)
         return self._workers[name].build(job)
+
+    def start(self, *names: str) -> None:
+        """Their processes, side by side: each imports for seconds before it can answer."""
+        for name in names:
+            if name not in self._workers:
+                self._workers[name] = Worker(name, self._threads, self._patience)
+                self._fresh.add(name)
 
     def keep(self, *names: str) -> None:
         """The others give their memory back."""
         for name, worker in self._workers.items():
-            if name not in names and worker.alive:
+            if name not in (*names, *self._fresh) and worker.alive:
                 with contextlib.suppress(ResourceError):  # it has died, and holds nothing
                     worker.forget()
 

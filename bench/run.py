@@ -95,6 +95,7 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="sp_fast-bench-", ignore_cleanup_errors=True) as folder:
             pool = Pool(plan.threads, plan.patience)
             try:
+                pool.start(suite.exact, *plan.implementations)
                 for group, found in zip(groups, heats, strict=True):
                     if isinstance(found, Exception):
                         self._withhold(group, plan.implementations, 0, found)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sp_fast.bench import budget
-from sp_fast.bench.cases import DTYPES, Case, stages_of
+from sp_fast.bench.cases import DTYPES, Case, parts_of
 from sp_fast.bench.counts import Count, count
 from sp_fast.bench.gate import Gate
 from sp_fast.bench.implementations import EXACT, OURS, YARDSTICK
@@ -129,9 +129,7 @@ class ProjectorSuite:
         return [count(case)]
 
     def parts(self, case: Case, name: str) -> list[Count]:
-        if case.stage != "whole":
-            return [count(case)]
-        return [count(replace(case, stage=stage)) for stage in stages_of(case.config) if stage != "whole"]
+        return [count(replace(case, stage=stage)) for stage in parts_of(case)]
 
     def captured(self, case: Case) -> bool:
         return True

@@ -127,15 +127,15 @@ class Tuned:
         return f"B={self.batch}: {self.before.ms:.3f} -> {self.after.ms:.3f} ms of {len(self.trials)} trials, {changed}"
 
 
-def tune_bucket(device: torch.device, dtype: str, batch: int, write: bool) -> Tuned:
-    """Tunes one bucket on a GPU, and puts the result into the table where ``write`` says so."""
+def tune_bucket(device: torch.device, dtype: str, batch: int, table: Path | None) -> Tuned:
+    """Tunes one bucket on a GPU from the package's tiles, and puts the result into the table, if there is one."""
     torch_dtype, chip = DTYPES[dtype], chip_of(device)
     with torch.cuda.device(device):  # events are recorded on the current one
         start, measure = gpu_measure(device, torch_dtype, batch)
         best, trials = descend(start, chip, torch_dtype.itemsize, SPProjectorConfig().spatial_width, measure)
     by_tiles = {trial.tiles: trial for trial in trials}
-    if write and best != start:
-        write_row(chip, torch_dtype.itemsize, batch, best)
+    if table is not None and best != start:
+        write_row(chip, torch_dtype.itemsize, batch, best, table)
     return Tuned(batch, by_tiles[start], by_tiles[best], trials)
 
 

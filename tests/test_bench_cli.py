@@ -6,16 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from sp_fast.bench import gpu, model_subject, pool, worker
-from sp_fast.bench.gpu import PARTS, Setting, part_plan
-from sp_fast.bench.record import Sink, read_records
+from sp_fast.bench import model_subject, pool, worker
+from sp_fast.bench.record import read_records
 from sp_fast.bench.roofline import Peaks
 from sp_fast.cli import app
 from tests.bench_helpers import record
@@ -90,109 +88,6 @@ def test_ctrl_c_keeps_finished_rows(tmp_path):
     while running := members(process.pid):
         assert time.monotonic() < end, running
         time.sleep(0.1)
-
-
-@pytest.mark.parametrize("parts", [("accuracy", "projector"), pytest.param(tuple(PARTS), marks=pytest.mark.campaign)])
-def test_the_gpu_command_is_rehearsed(local, tmp_path, parts):
-    """On the CPU with tiny shapes; a second run has nothing left to do. The other parts' commands have tests too."""
-    out = tmp_path / "out"
-    words = ["gpu", "--device", "cpu", "--tiny", "--out", out, "--threads", "2"]
-    words += [word for part in parts for word in ("--part", part)]
-    result = bench(*words)
-    assert result.exit_code == 0, result.output
-    found = {part: read_records(out / f"{part}.jsonl") for part in parts}
-    for part, records in found.items():
-        assert [r.withheld for r in records] == [None] * len(records) != [], part
-    assert {r.stage for r in found["projector"]} == {"spatial", "detail", "tail", "mlp"}
-    assert {r.dtype for r in found["accuracy"]} == {"float32", "bfloat16", "float16"}
-    assert all(r.ms_p50 is None for r in found["accuracy"])
-    if "baselines" in parts:
-        assert {r.direction for r in found["baselines"]} == {"forward", "both"}
-        assert {r.implementation for r in found["baselines"]} == {
-            "fast", "reference", "channels_last", "linear", "matmul", "compiled",
-        }  # fmt: skip
-    if "variants" in parts:
-        assert {r.variant for r in found["variants"]} == {"pool", "pool-dfi"}
-    if "model" in parts:
-        assert {(r.mode, r.implementation) for r in found["model"]} == {
-            (mode, name) for mode in ("eager", "compiled") for name in ("sp_fast", "sp_reference", "llava")
-        }
-    again = bench(*words)
-    assert again.exit_code == 0
-    assert again.stderr.count("complete for these sources") == len(parts)
-
-
-def test_the_gpu_command_goes_on_where_it_stopped(local, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PART_SECONDS", -1.0)
-    result = bench("gpu", "--device", "cpu", "--tiny", "--part", "baselines", "--out", tmp_path)
-    assert result.exit_code == 1
-    assert "cases are left; run it again to go on" in result.stderr
-    path = tmp_path / "baselines.jsonl"
-    monkeypatch.setattr(gpu, "PART_SECONDS", 420.0)
-    assert bench("gpu", "--device", "cpu", "--tiny", "--part", "baselines", "--out", tmp_path).exit_code == 0
-    whole = read_records(path)
-    kept = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(kept[:-8]) + kept[-8][:50])  # killed in the middle of a line; six implementations a case
-    setting, found = Setting("cpu", 2, tmp_path, tiny=True), whole[0].environment
-    part_plan("baselines", setting, found)
-    Sink(path, append=True)
-    assert len(part_plan("baselines", setting, found).cases) == 2
-    assert bench("gpu", "--device", "cpu", "--tiny", "--part", "baselines", "--out", tmp_path).exit_code == 0
-    assert sorted(r.identity for r in read_records(path)) == sorted(r.identity for r in whole)
-    assert len(part_plan("baselines", setting, found).cases) == 0
-    cases = len({r.case for r in whole})
-    # other sources, another machine, the published widths or another device: nothing of it counts as done
-    assert len(part_plan("baselines", setting, {**found, "source": "other"}).cases) == cases
-    assert len(part_plan("baselines", setting, {**found, "machine": "other"}).cases) == cases
-    assert len(part_plan("baselines", Setting("cpu", 2, tmp_path), found).cases) == 8
-    assert len(part_plan("baselines", Setting("cuda", 2, tmp_path, tiny=True), found).cases) == cases
-    broken = [replace(r, withheld="out of memory") if r.batch == 8 and r.direction == "both" else r for r in whole]
-    path.write_text("".join(r.to_json() + "\n" for r in broken))
-    assert {(c.direction, c.batch) for c in part_plan("baselines", setting, found).cases} == {("both", 8)}
-
-
-def test_the_gpu_parts_are_what_performance_is_judged_by(tmp_path):
-    """Published widths, bfloat16, B = 1, 8, 32, 256; ours beside all seven baselines in each part."""
-    setting, found = Setting("cuda", 2, tmp_path), {"machine": "x", "source": "y"}
-    plan = part_plan("baselines", setting, found)
-    assert {(c.direction, c.batch) for c in plan.cases} == {("forward", b) for b in (1, 8, 32, 256)} | {
-        ("both", b) for b in (1, 8, 16, 32)
-    }
-    assert {(c.dtype, c.stage, c.config.vision_width, c.config.spatial_width) for c in plan.cases} == {
-        ("bfloat16", "whole", 1024, 512)
-    }
-    for part in ("baselines", "projector", "variants"):
-        plan = part_plan(part, setting, found)
-        assert len(plan.implementations) == 8
-        assert plan.deadline - time.monotonic() + plan.patience / 2 <= 480
-    accuracy = part_plan("accuracy", setting, found)
-    assert {c.dtype for c in accuracy.cases} == {"float32", "bfloat16", "float16"}
-    assert len(accuracy.cases) == 15 * 3
-    assert accuracy.turns == 0
-
-
-@pytest.mark.campaign
-def test_gpu_processes_are_reused_for_the_next_variant(tmp_path):
-    """With real processes: three dtypes of two variants are built one after another in the same three."""
-    command = [
-        sys.executable,
-        "-m",
-        "sp_fast.bench",
-        "gpu",
-        "--tiny",
-        "--device",
-        "cpu",
-        "--part",
-        "accuracy",
-        "--out",
-        tmp_path,
-    ]
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    found = read_records(tmp_path / "accuracy.jsonl")
-    assert len(found) == 2 * 3 * 2
-    assert {r.withheld for r in found} == {None}
-    assert "agrees" in result.stdout
 
 
 def test_a_withheld_row_is_named_and_is_exit_code_1(local, tmp_path, monkeypatch):

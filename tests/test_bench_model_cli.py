@@ -1,19 +1,17 @@
-"""`sp-fast bench model` as a user runs it, its result lines and tables, and its part of `bench gpu`."""
+"""`sp-fast bench model` as a user runs it, its result lines and its tables."""
 
 import json
 import pickle
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from sp_fast.bench import gpu, model_subject, pool, worker
+from sp_fast.bench import pool, worker
 from sp_fast.bench.execute import blank_record
 from sp_fast.bench.formats import FORMATS
-from sp_fast.bench.gpu import Setting, part_plan
-from sp_fast.bench.model_cases import IMPLEMENTATIONS, STAGES, Lengths, ModelCase, attentions_on, model_cases
+from sp_fast.bench.model_cases import IMPLEMENTATIONS, STAGES, Lengths, attentions_on, model_cases
 from sp_fast.bench.model_shapes import ModelShape, folder_shape, random_shape
 from sp_fast.bench.model_subject import ModelJob
 from sp_fast.bench.model_suite import MODEL
@@ -128,25 +126,6 @@ def test_lengths_are_checked():
     with pytest.raises(ConfigError, match="new-tokens=1 must be at least 1 and 2"):
         model_cases([TINY], ["ttft"], [1], ["float32"], {"float32": ["sdpa"]}, ["eager"], Lengths(1, 1))
     assert random_shape("tiny", "tiny", "pool").config().projector.pyramid == "pool"
-
-
-def test_the_gpu_part_is_a_whole_7b(monkeypatch, tmp_path):
-    """Eager and compiled, one prompt before eight; every case of it is known again when it is done."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    plan = part_plan("model", Setting("cuda", 2, tmp_path), {"machine": "x", "source": "y"})
-    assert plan.implementations == IMPLEMENTATIONS
-    assert {(c.shape.llm, c.shape.tower, c.dtype) for c in plan.cases} == {("7b", "clip-l-336", "bfloat16")}
-    assert [c.batch for c in plan.cases] == [1] * 7 + [8] * 7
-    assert {(c.mode, c.stage) for c in plan.cases} == {
-        ("eager", stage) for stage in ("ttft", "prefill", "decode", "end_to_end")
-    } | {("compiled", stage) for stage in ("ttft", "decode", "end_to_end")}
-    assert plan.deadline - time.monotonic() <= gpu.PART_SECONDS
-    blank = blank_record(plan, {})
-    case = plan.cases[0]
-    made = {replace(blank, implementation=name, **MODEL.fields(case, name)).identity for name in plan.implementations}
-    assert gpu._identities(case, plan) == made
-    assert isinstance(case, ModelCase)
-    assert case.new_tokens >= model_subject.JUDGED_STEPS
 
 
 class TestRecords:

@@ -1,16 +1,13 @@
-"""`sp-fast bench train` from the command line, its parts of `bench gpu`, and what it shows."""
+"""`sp-fast bench train` from the command line, and what it shows."""
 
-import itertools
 import json
 from dataclasses import replace
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from sp_fast.bench import plan, worker
 from sp_fast.bench.formats import FORMATS
-from sp_fast.bench.gpu import Setting, part_plan
 from sp_fast.bench.roofline import Peaks
 from sp_fast.bench.train_cases import FACTORED
 from sp_fast.bench.train_formats import rows
@@ -79,18 +76,6 @@ class TestCommand:
         assert result.exit_code == 1
         assert result.stderr.startswith("sp-fast bench train: ")
         assert message in result.stderr
-
-    def test_the_gpu_parts(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-        setting, environment = Setting("cuda", 2, tmp_path), {"machine": "x", "source": "y"}
-        part = part_plan("train", setting, environment)
-        assert [(c.batch, c.dtype) for c in part.cases] == [
-            *itertools.product((1, 16, 32), ["bfloat16"]), *itertools.product((1, 16, 32), ["float32"]),
-        ]  # fmt: skip
-        assert {FACTORED, "fast", "reference", "channels_last_benchmark", "linear"} <= set(part.implementations)
-        [case] = part_plan("train_model", setting, environment).cases
-        assert (case.shape.llm, case.batch, case.dtype, case.mode) == ("7b", 16, "bfloat16", "eager")
-        assert case.prompt_tokens + 582 == 640
 
 
 class TestShown:
