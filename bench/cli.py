@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sp_fast.bench.command import run
+from sp_fast.bench.field_cli import projectors
 from sp_fast.bench.kernel_cli import static, tune
 from sp_fast.bench.model_cli import model
 from sp_fast.bench.options import (
@@ -33,6 +34,7 @@ app.command()(static)
 app.command()(tune)
 app.command()(model)
 app.command()(train)
+app.command()(projectors)
 
 
 @app.callback()
