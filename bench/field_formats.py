@@ -87,4 +87,5 @@ def _line(r: Record) -> list[str]:
 
 
 def _printed(published: Published) -> str:
-    return f"{published.count / 1e6:.0f} M" if published.count < 1e9 else f"{published.count / 1e9:.2f} B"
+    """To its own last digit."""
+    return f"{published.count / 1e6:.0f} M" if published.unit <= 1e6 else f"{published.count / 1e9:.2f} B"
