@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sp_fast.bench.command import run
+from sp_fast.bench.field_cli import projectors
 from sp_fast.bench.gpu_cli import gpu
 from sp_fast.bench.kernel_cli import static, tune
 from sp_fast.bench.model_cli import model
@@ -35,6 +36,7 @@ app.command()(tune)
 app.command()(model)
 app.command()(train)
 app.command()(gpu)
+app.command()(projectors)
 
 
 @app.callback()

@@ -7,6 +7,7 @@ Bytes: every weight and input is read once and every result written once; what p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sp_fast import SPProjectorConfig
@@ -54,10 +55,16 @@ def count(case: Case) -> Count:
     if case.stage == "whole":
         products += _compact(case.config, case.batch)
     vectors = sum(_vectors(case.config, stage) for stage in stages)
-    weights = vectors + sum(p.weights for p in products)
-    again = sum(p.weights for p in products if p.propagates)
     read, written = _activations(case)
     gradients = read if case.stage == "tail" else 0  # the patch features need none
+    return total(case, products, vectors, read, written, gradients)
+
+
+def total(case: Case, products: Sequence[Product], vectors: int, read: int, written: int, gradients: int = 0) -> Count:
+    """Of the case's products in its direction and dtype; ``vectors`` are weights that multiply no matrix, ``read`` and
+    ``written`` activations, ``gradients`` those of what is read, in elements."""
+    weights = vectors + sum(p.weights for p in products)
+    again = sum(p.weights for p in products if p.propagates)
     forward = Count(sum(p.forward for p in products), weights + read + written)
     backward = Count(sum(p.backward for p in products), weights + again + read + written + gradients)
     chosen = {

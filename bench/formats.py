@@ -11,14 +11,19 @@ from dataclasses import asdict, fields
 from rich import box
 from rich.table import Table
 
-from sp_fast.bench import model_formats, projector_formats, train_formats
+from sp_fast.bench import field_formats, model_formats, projector_formats, train_formats
 from sp_fast.bench.compare import BAD, Change
 from sp_fast.bench.record import Record
 from sp_fast.bench.summary import LABELS, withheld
 from sp_fast.bench.tables import figure, markdown_lines, rich_table, string_console, where
 
-BENCHMARKS = {"projector": projector_formats, "model": model_formats, "train": train_formats}
-ALL_LABELS = {**LABELS, **model_formats.LABELS, **train_formats.LABELS}
+BENCHMARKS = {
+    "projector": projector_formats,
+    "model": model_formats,
+    "train": train_formats,
+    "projectors": field_formats,
+}
+ALL_LABELS = {**LABELS, **model_formats.LABELS, **train_formats.LABELS, **field_formats.LABELS}
 
 
 def _by_benchmark(records: list[Record]) -> list[tuple]:

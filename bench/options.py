@@ -39,9 +39,13 @@ def show_records(records: list, format_: str, plot: Path | None, force: bool, co
         return
     sys.stdout.write(FORMATS[format_](records))
     if plot is not None:
-        from sp_fast.bench.plots import plot as draw
+        from sp_fast.bench import field_plots, plots
 
-        for path in draw([r for r in records if r.benchmark == "projector"], plot, force):
+        field = [r for r in records if r.benchmark == "projectors"]
+        drawn = field_plots.plot(field, plot, force) if field else []
+        projector = [r for r in records if r.benchmark == "projector"]
+        drawn += plots.plot(projector, plot, force) if projector or not field else []
+        for path in drawn:
             console.print(f"wrote {path}", highlight=False)
 
 

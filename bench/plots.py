@@ -36,10 +36,15 @@ def plot(records: list[Record], folder: Path, force: bool = False) -> list[Path]
         group = [row for row in rows if (row.any.variant, row.any.dtype) == (variant, dtype)]
         for name, draw in FIGURES.items():
             if (figure := draw(group)) is not None:
-                figure.suptitle(f"{variant}, {dtype}: {_machine(records)}", fontsize=10)
+                figure.suptitle(f"{variant}, {dtype}: {machine(records)}", fontsize=10)
                 drawn[folder / f"{name}-{variant}-{dtype}"] = figure
     if not drawn:
         raise RecordError("nothing can be drawn: no record has a figure")
+    return write(drawn, folder, force)
+
+
+def write(drawn: dict[Path, Figure], folder: Path, force: bool) -> list[Path]:
+    """Figures by their paths without ending, as PNG and SVG. Raises RecordError as ``plot`` does."""
     paths = [Path(f"{stem}.{kind}") for stem in drawn for kind in ("png", "svg")]
     if not force:
         check_free(paths)
@@ -69,7 +74,7 @@ def check_free(paths: Iterable[Path]) -> None:
         raise RecordError(f"{there[0]} exists: choose another folder, or overwrite with --force")
 
 
-def _machine(records: list[Record]) -> str:
+def machine(records: list[Record]) -> str:
     """Machine and commits, each once."""
     first = records[0]
     threads = f", {first.threads} threads" if first.device == "cpu" else ""

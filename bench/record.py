@@ -23,7 +23,7 @@ class RecordError(SPFastError):
 class Record:
     """One implementation at one case. Figures are None where they were withheld, failed, or cannot be had."""
 
-    benchmark: str  # "projector", "model" or "train"
+    benchmark: str  # "projector", "model", "train" or "projectors"
     case: str
     implementation: str
     variant: str
@@ -82,6 +82,9 @@ class Record:
     optimizer_ms_p50: float | None = None  # the update, and letting go of the gradients before
     optimizer_mib: float | None = None  # its states
     lora_rank: int | None = None
+    # of the field of projectors only
+    parameters: int | None = None
+    weight_bytes: int | None = None  # that they take as they are kept
     peaks: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sp_fast import SPProjectorConfig
 from sp_fast.bench.cases import Case
-from sp_fast.bench.implementations import IMPLEMENTATIONS, Implementation
+from sp_fast.bench.implementations import IMPLEMENTATIONS, Implementation, Weights
 from sp_fast.bench.timing import Run
 from sp_fast.bench.weights import random_weights
 from sp_fast.checkpoint import official_tensors
@@ -51,9 +51,12 @@ class ProjectorSubject:
                 key: replace(stored[key], dtype=job.dtype, load=lambda key=key: stored[key].load().to(job.dtype))
                 for key in weights
             }
-        self._implementation = IMPLEMENTATIONS[job.implementation](job.config, weights, self._device)
+        self._implementation = self._build(weights)
         self.module = self._implementation.module
         self._prepared: tuple[Case | None, tuple] = (None, ())
+
+    def _build(self, weights: Weights) -> Implementation:
+        return IMPLEMENTATIONS[self._job.implementation](self._job.config, weights, self._device)
 
     def inputs(self, case: Case) -> tuple[Tensor, ...]:
         return self._prepare(case)[0]
