@@ -41,6 +41,7 @@ from sp_fast.kernels.windowed_plan_triton import (
 )
 
 COLUMNS_BYTES = 2**30  # at a time; more images take further rounds
+FEW_WINDOWS = 10  # whose columns the fold has registers for, 16 rows at a time
 
 
 @triton.jit
@@ -192,7 +193,11 @@ def windowed_matmul_drows_triton(
     columns = grad.new_empty(column_rows * images, width, dtype=torch.float32)
     chip = chip_of(grad.device)
     tiles = windowed_tiles(chip, grad.dtype, images, depth, width)  # here D is summed over, and C made
-    tiles = replace(tiles, block_many=min(tiles.block_many, 16 * tiles.warps))  # whose sums fit the registers
+    tiles = replace(
+        tiles,
+        block_many=min(tiles.block_many, 16 * tiles.warps),  # whose sums fit the registers
+        block_k=min(tiles.block_k, max(16, power_of_two(depth) // 2)),  # two turns at least, or nothing is pipelined
+    )
     constants = {
         "SINGLE": single, "MANY": many, "O": outputs, "C": width, "D": depth, "BLOCK_SINGLE": tiles.block_single,
         "BLOCK_MANY": tiles.block_many, "BLOCK_C": tiles.block_d, "BLOCK_K": tiles.block_k,
@@ -200,7 +205,8 @@ def windowed_matmul_drows_triton(
         "SWAPPED": is_swapped(chip, grad.dtype),
     }  # fmt: skip
     block_c = min(64, power_of_two(width))
-    folding = {"WINDOWS": single + many, "R": count, "C": width, "BLOCK_R": 16, "BLOCK_C": block_c}
+    block_r, fold_registers = (16, 128) if len(windows) <= FEW_WINDOWS else (4, 255)
+    folding = {"WINDOWS": single + many, "R": count, "C": width, "BLOCK_R": block_r, "BLOCK_C": block_c}
     for part, made in zip(grad.split(images), out.split(images), strict=True):
         n = len(part)
         programs = sum(
@@ -212,5 +218,5 @@ def windowed_matmul_drows_triton(
             part, weights[0], weights[-1], columns, n
         )
         programs = (n * triton.cdiv(count, folding["BLOCK_R"]), triton.cdiv(width, block_c))
-        Launch(_windowed_matmul_fold_kernel, programs, folding, registers=128)(columns, made, n)
+        Launch(_windowed_matmul_fold_kernel, programs, folding, registers=fold_registers)(columns, made, n)
     return out

@@ -16,11 +16,17 @@ from sp_fast.bench.counts import count
 from sp_fast.compact_geometry import compact_products
 from sp_fast.errors import CheckpointError, ConfigError
 from sp_fast.extractors import WindowedExtractor
+from sp_fast.llava_sp import LlavaSpForConditionalGeneration
+from sp_fast.llava_sp.packing import unpacked
+from sp_fast.tensor_files import stored_tensors
 from sp_fast.training.flops import projector_flop
+from sp_fast.training.stage import prepare
 from sp_fast.variants import VARIANTS
 from tests.compact_forms import KINDS, PYRAMIDS, build, compact
 from tests.helpers import features_for, reference_of
 from tests.test_random_configurations import check, results
+from tests.test_train_logs import stage_of
+from tests.tiny import PROJECTOR, model_of
 
 OWN = {
     "one token": {"kernel_sizes": (12,), "detail_kernel": None},
@@ -59,11 +65,17 @@ def test_float64_equals_the_reference_and_the_full_form(kind, form):
         check(f"through dense_weights {name}", dense, ours)
 
 
+BF16 = {(torch.bfloat16, "nested"), (torch.bfloat16, "depthwise"), (torch.bfloat16, "separable")}
+# float32 of all kinds, bfloat16 of those that add roundings of their own; the campaign has the rest.
+JUDGED = [
+    pytest.param(kind, dtype, marks=() if dtype == torch.float32 or (dtype, kind) in BF16 else pytest.mark.campaign)
+    for kind in KINDS
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+
+
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.campaign)], ids=str
-)
+@pytest.mark.parametrize(("kind", "dtype"), JUDGED, ids=str)
 def test_accuracy_rule(kind, dtype):
     """Outputs, the extractor's gradients and all others, over draws of all pyramids: one has too few elements."""
     pools = {}
@@ -249,3 +261,20 @@ def test_a_checkpoint_of_another_kind_is_refused(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"spatial_width": 2**40, "text_width": 2**40}))
     with pytest.raises(CheckpointError, match="far from filling"):
         SPProjector.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_takes_them_by_configuration(kind, tmp_path):
+    """Saved and loaded by transformers, trained by both stages' rules, refused by the official layouts."""
+    model = model_of(projector={**PROJECTOR, "extractor": kind, **KINDS[kind]})
+    model.save_pretrained(tmp_path)
+    loaded = LlavaSpForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.projector == model.config.projector
+    assert loaded.config.projector.extractor == kind
+    for (name, ours), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    projector = prepare(model, "pretrain", stage_of(0)).model.multi_modal_projector
+    assert all(parameter.requires_grad for parameter in projector.extractor.parameters())
+    ours = stored_tensors(dict(projector.state_dict()))[1]
+    with pytest.raises(CheckpointError, match="has no official form.*expanded"):
+        unpacked("it", model.config.projector, ours)
