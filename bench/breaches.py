@@ -117,6 +117,9 @@ def _stream_breaches(configuration: Configuration, figures: Figures) -> list[str
     source, loops, found = configuration.source, figures.loops, []
     capability, count, weight = source.chip.capability, len(kinds(source)), _tile_bytes(source)
     products = _products(source)
+    straight = {op: n - sum(loop.get(op, 0) for loop in loops) for op, n in figures.opcodes.items()}
+    if unrolled := max(0, count - len(loops)):  # a short loop of a known length: judged as one, with what is around it
+        loops = (*loops, *[straight] * unrolled)
     multiplying = sum(any(map(loop.get, products)) for loop in loops)
     if multiplying < count:
         found.append(f"{multiplying} of {count} main loops multiply with {' or '.join(products)}: {_way_out(source)}")

@@ -14,17 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sp_fast import SPProjectorConfig, geometry
+from sp_fast import SPProjectorConfig, compact_geometry, geometry
 from sp_fast.bench.cases import DTYPES
 from sp_fast.bench.plan import check_names
+from sp_fast.compact_config import COMPACT
 from sp_fast.config import NAN_PLACES
 from sp_fast.errors import BackendError
 from sp_fast.kernels.device import CHIPS, Chip, has_triton, interpreting, pretend
 from sp_fast.kernels.launch import Launch, Recorded, recording
 from sp_fast.kernels.tiles import bucket_of
+from sp_fast.kernels.window import Window
+from sp_fast.kernels.windowed_matmul import disjoint_layers
 
 VARIANTS = ("crop-dfi", "pool-dfi")
 BATCHES = range(1, 257)  # every way to compile occurs: for 1 image, for multiples of 16, for what fits one tile
+#: Compact projectors: the short names, and kinds that launch what those do not.
+COMPACT_VARIANTS: dict[str, dict[str, Any]] = {
+    "compact-5m": {},
+    "compact-50m": {},
+    "depthwise": {},
+    "grouped": {"groups": 8},
+    "separable": {"rank": 64},
+    "nested": {"rank": 64},
+}
+COMPACT_BATCHES = (1, 16, 256)
+
+#: Rows of an image and their width, cells of each packed weight, width of the outputs, windows.
+Multiplied = tuple[tuple[int, int], list[int], int, list[Window]]
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -61,10 +77,11 @@ class Configuration:
 def configurations(
     chips: Sequence[str] = (),
     dtypes: Sequence[str] = (),
-    variants: Sequence[str] = VARIANTS,
-    batches: Sequence[int] = BATCHES,
+    variants: Sequence[str] = (*VARIANTS, *COMPACT_VARIANTS),
+    batches: Sequence[int] = (),
 ) -> list[Configuration]:
-    """At the published widths; of all chips ("90" is sm_90) and dtypes unless some are named.
+    """At the published widths; of all chips ("90" is sm_90) and dtypes unless some are named, and of BATCHES, or of
+    COMPACT_BATCHES where the projector is compact.
 
     Raises:
         ConfigError: a chip or dtype that is not known.
@@ -78,10 +95,19 @@ def configurations(
         raise BackendError("TRITON_INTERPRET=1 interprets kernels, and compiles none: unset it")
     users: dict[Source, list[tuple[str, int]]] = {}
     for chip, dtype in itertools.product(map(int, chips or CHIPS), dtypes or DTYPES):
-        for variant, batch in itertools.product(variants, batches):
-            for launch, arguments in _launches(SPProjectorConfig.variant(variant), CHIPS[chip], DTYPES[dtype], batch):
-                users.setdefault(_source(launch, arguments, CHIPS[chip], dtype), []).append((variant, batch))
+        for variant in variants:
+            config = _published(variant)
+            usual = COMPACT_BATCHES if config.extractor in COMPACT else BATCHES
+            for batch in batches or usual:
+                for launch, arguments in _launches(config, CHIPS[chip], DTYPES[dtype], batch):
+                    users.setdefault(_source(launch, arguments, CHIPS[chip], dtype), []).append((variant, batch))
     return sorted((_configuration(source, found) for source, found in users.items()), key=_order)
+
+
+def _published(variant: str) -> SPProjectorConfig:
+    if variant in COMPACT:  # a kind
+        return SPProjectorConfig(extractor=variant, **COMPACT_VARIANTS[variant])
+    return SPProjectorConfig.variant(variant)
 
 
 def _configuration(source: Source, users: list[tuple[str, int]]) -> Configuration:
@@ -110,21 +136,29 @@ def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: 
         return torch.empty(shape, dtype=dtype, device="meta")
 
     width, depth, spatial = config.vision_width, config.spatial_width, config.spatial_tokens
-    cells = (geometry.spatial_cells(config), geometry.detail_cells(config))
-    weights = [empty(count, width, depth) for count in cells if count]
     details = [side * side for side in config.detail_sides] if config.attends else []
-    windows = [*geometry.spatial_windows(config), *geometry.detail_windows(config)]
     projections = (empty(depth), empty(depth), empty(depth, depth), empty(depth)) * 3 * len(details)
     bias = empty(config.text_width) if config.spatial_bias else None
     concat, finite = config.detail_fusion == "concat", [place in config.nan_to_num for place in NAN_PLACES]
     with pretend(chip), recording() as launches:
-        rows = empty(batch, config.patch_tokens, width)
         levels = geometry.pooled_levels(config)
         square = (config.grid, geometry.map_origin(config), config.map_size, levels)
         if levels:
-            rows = pooled_rows_triton(rows, *square)
+            pooled_rows_triton(empty(batch, config.patch_tokens, width), *square)
+            pooled_rows_backward_triton(empty(batch, compact_geometry.row_count(config), width), *square)
         gelu_rows_triton(empty(batch, config.patch_tokens, config.text_width), spatial)
-        z = windowed_matmul_triton(rows, weights, windows)
+        for shape, cells, outer, windows in _windowed(config):
+            rows, weights = empty(batch, *shape), [empty(count, shape[1], outer) for count in cells]
+            z = windowed_matmul_triton(rows, weights, windows)
+            wide = [torch.empty_like(weight, dtype=torch.float32) for weight in weights]
+            layers = disjoint_layers(windows)
+            for buffers, add in itertools.product((weights, wide), (False, True)):
+                for layer in layers[: 1 + add]:  # windows that share cells are added one after another, all alike
+                    part = [w for w, _ in layer]
+                    grad = empty(batch, sum(w.outputs for w in part), outer)
+                    windowed_matmul_dweight_triton(grad, rows, buffers, part, add)
+            windowed_matmul_drows_triton(z, rows, weights, windows)
+        z = empty(batch, spatial + sum(details), depth)
         tail = SpatialTail.empty(z, details, config.fused_width)
         tokens = empty(batch, spatial + config.patch_tokens, config.text_width)
         output = empty(config.text_width, config.fused_width)
@@ -133,13 +167,34 @@ def _launches(config: SPProjectorConfig, chip: Chip, dtype: torch.dtype, batch: 
             spatial_tail_backward_triton(
                 tail.activated, dattention, tail, z, details, projections, [True] * len(projections), concat, finite
             )
-        wide = [torch.empty_like(weight, dtype=torch.float32) for weight in weights]
-        for buffers, add in itertools.product((weights, wide), (False, True)):
-            windowed_matmul_dweight_triton(z, rows, buffers, windows, add)
-        drows = windowed_matmul_drows_triton(z, rows, weights, windows)
-        if levels:
-            pooled_rows_backward_triton(drows, *square)
     return launches
+
+
+def _windowed(config: SPProjectorConfig) -> list[Multiplied]:
+    """The windowed products of an extractor."""
+    width, depth, narrow = config.vision_width, config.spatial_width, config.rank
+    rows, windows = compact_geometry.row_count(config), compact_geometry.full_windows(config)
+
+    def met(found: list[Window], inner: int, outer: int, count: int | None = None) -> Multiplied:
+        """Cells and rows are those that the windows reach, but for rows that are the map's."""
+        last = [max((w.cell + w.cells for w in found if w.weight == i), default=0) for i in range(2)]
+        return (count or 1 + max(w.last_source for w in found), inner), [n for n in last if n], outer, found
+
+    def passes() -> list[Multiplied]:
+        across, down = compact_geometry.separable_windows(config)
+        return [met(across, width, narrow, rows), met(down, narrow, depth)]
+
+    groups = config.groups or 1
+    return {
+        "bottleneck": lambda: [met(windows, narrow, depth, rows)],
+        "depthwise": lambda: [met(compact_geometry.pointwise_windows(config), width, depth)],
+        "grouped": lambda: [
+            met(compact_geometry.grouped_windows(config), width // groups, depth // groups, rows * groups)
+        ],
+        "separable": passes,
+        "nested": lambda: [met(compact_geometry.nested_windows(config)[0], narrow or width, depth, rows)],
+        "resampled": lambda: [met(compact_geometry.resampled_windows(config), narrow or width, depth)],
+    }.get(config.extractor, lambda: [met(windows, width, depth, rows)])()
 
 
 def _source(launch: Launch, arguments: Sequence[Tensor | float], chip: Chip, dtype: str) -> Source:

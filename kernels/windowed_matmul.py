@@ -142,7 +142,7 @@ def _write_dweight(
     grad: Tensor, rows: Tensor, outs: Sequence[Tensor | None], windows: list[Window], add: bool, backend: str
 ) -> None:
     """Windows may share cells, and leave some alone: a projector's do neither, and all is one pass."""
-    layers = _disjoint_layers(windows)
+    layers = disjoint_layers(windows)
     if not add:
         for i, out in enumerate(outs):
             met = sum(w.cells for w, _ in layers[0] if w.weight == i)
@@ -155,7 +155,7 @@ def _write_dweight(
         _DWEIGHTS[backend](part, rows, outs, [w for w, _ in layer], add or layer is not layers[0])
 
 
-def _disjoint_layers(windows: list[Window]) -> list[list[tuple[Window, slice]]]:
+def disjoint_layers(windows: list[Window]) -> list[list[tuple[Window, slice]]]:
     """Windows that share no cell together, each with its outputs."""
     layers: list[list[tuple[Window, slice]]] = []
     first = 0

@@ -21,7 +21,7 @@ from sp_fast.bench import shipped, static
 from sp_fast.bench.breaches import COLUMNS, STREAM, STREAM_BYTES, WRITE_STREAM, breaches
 from sp_fast.bench.cases import DTYPES
 from sp_fast.bench.sass import blocks_per_multiprocessor, read_sass
-from sp_fast.bench.shipped import VARIANTS, configurations
+from sp_fast.bench.shipped import COMPACT_VARIANTS, VARIANTS, configurations
 from sp_fast.bench.static import judge, to_json
 from sp_fast.cli import app
 from sp_fast.kernels.device import CHIPS, Chip
@@ -272,6 +272,25 @@ def test_other_variants_compile_too(variant):
         judgement = judge(configuration)
         assert judgement.figures is not None, judgement.breaches
         assert judgement.breaches == (), configuration
+
+
+@pytest.mark.parametrize("variant", ["compact-5m", "nested", pytest.param("all", marks=pytest.mark.campaign)])
+def test_compact_projectors_compile_too(variant):
+    """Their streams are short: LLVM may unroll a loop, which is then judged without one."""
+    whole = variant == "all"
+    found = configurations(
+        ["80", "90"], ["bfloat16"], [*COMPACT_VARIANTS] if whole else [variant], () if whole else [1]
+    )
+    found = [c for c in found if whole or (c.source.kernel == STREAM and c.source.chip.capability == 90)]
+    assert found
+    for configuration in found:
+        judgement = judge(configuration)
+        assert judgement.figures is not None, judgement.breaches
+        assert judgement.breaches == (), configuration
+    if variant == "compact-5m":
+        assert judgement.figures.loops == ()
+        (breach, *_) = judge(planted(found[0], {"STAGES_MANY": 1})).breaches
+        assert "copy a weight tile" in breach
 
 
 @pytest.mark.parametrize("batch", [1, 8, 16])
