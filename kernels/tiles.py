@@ -130,7 +130,7 @@ def quantized_tiles(
     half = dtype.itemsize == 2
     single = min(64, power_of_two(batch)) if half else min(32, power_of_two(batch, least=4))
     many, warps = (64, 8) if half and batch > 1 else (32, 4)
-    block_k, stages = (128, (7 if channels > 1 else 5, 5)) if half else (32, (8, 8))  # 64 KB in flight on sm_90
+    block_k, stages = (128, (7 if channels > 1 else 5, 5)) if half else (32, (8, 7))  # 64 KB in flight on sm_90
     block_k, block_d = min(block_k, power_of_two(group)), min(128, power_of_two(depth))
     tiles = QuantizedTiles(single, many, block_d, block_k, *stages, warps, channels)
     return _with_stages_that_fit(tiles, chip, dtype)
