@@ -39,7 +39,7 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale(8, (64, 4, 4), 10_000, Lessons(1200, 16, 2e-3), (128, 4, 4), Lessons(2000, 48, 1e-3)),
+    "tiny": Scale(8, (64, 4, 4), 10_000, Lessons(1800, 16, 2e-3), (128, 4, 4), Lessons(2000, 48, 1e-3)),
     "small": Scale(4, (128, 6, 4), 20_000, Lessons(6000, 32, 1e-3), (256, 6, 8), Lessons(4000, 64, 5e-4)),
 }
 _CONTEXT = 1024

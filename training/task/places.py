@@ -8,7 +8,7 @@ from sp_fast.training.task.words import PLACES
 
 #: Left, top, right and bottom edge; right and bottom are the first pixel outside.
 Box = tuple[int, int, int, int]
-_CLEAR = 1 / 24  # share of the image by which a centre keeps away from the next third
+_CLEAR = 1 / 96  # share of the image by which a centre keeps away from the next third: a pixel of the smallest task
 _STEEPNESS = 2  # so many times further along one axis than along the other is a side
 
 
@@ -19,8 +19,8 @@ def third(place: str, size: int) -> tuple[float, float, float, float]:
 
 
 def starts(place: str, extent: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First and last left edge, and first and last top edge, of a thing of this extent whose centre is well inside of a
-    third, so that nobody would name another, with a pixel of the image around it."""
+    """First and last left edge, and first and last top edge, of a thing of this extent whose centre is inside of a
+    third, with a pixel of the image around it."""
     left, top, right, bottom = third(place, size)
     clear, half = _CLEAR * size, extent / 2
     return tuple(

@@ -172,7 +172,7 @@ class _Board:
         self._free = place
 
     def put(self, kind: Kind, fits: Callable[[Box], bool] = lambda box: True, place: str | None = None) -> Thing:
-        """A thing of any extent where it fits, with its centre well inside of a third, if one is named. Raises _Crowded
+        """A thing of any extent where it fits, with its centre inside of a third, if one is named. Raises _Crowded
         where no place is found."""
         least, most = self._rng.choices(_EXTENTS, _OF_TEN)[0]
         extent = self._rng.randint(round(least * self._size), round(most * self._size))
