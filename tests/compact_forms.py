@@ -23,7 +23,7 @@ def compact(kind, pyramid="crop", **overrides):
     detail = 6 if pyramid == "sliding" else 8
     widths = {"vision_width": 16, "spatial_width": 8, "text_width": 24}
     fields = {"grid": 12, "detail_kernel": detail, "detail_stride": 2, **widths, **KINDS[kind], **PYRAMIDS[pyramid]}
-    return SPProjectorConfig(extractor=kind, pyramid=pyramid, **{**fields, **overrides})
+    return SPProjectorConfig(**{"extractor": kind, "pyramid": pyramid, **fields, **overrides})
 
 
 def build(kind, pyramid="crop", dtype=None, seed=0, backend="torch", **overrides):

@@ -1,6 +1,6 @@
 """A mutation campaign: faults are planted into the kernels and the geometry, and each has to fail a test.
 
-    python -m tests.mutation.campaign --seed 0 --count 60 [--file kernels/x.py] [--json FILE] [--list]
+    python -m tests.mutation.campaign --seed 0 --count 70 [--file kernels/x.py] [--json FILE] [--list]
 
 Exit code 0: every mutant of the sample was killed or is explained (explained.py). 1: one survived. 2: the tests fail
 without a mutant. A new file gets a row in TARGETS, or in SCHEDULE where it changes no result.
@@ -292,7 +292,7 @@ def table(results: Sequence[Result], explained: Mapping[tuple, str]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.mutation.campaign", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--count", type=int, default=70)
     parser.add_argument("--file", action="append", choices=TARGETS, help="only this one; may be given again")
     parser.add_argument("--json", type=Path, help="results as a list of objects")
     parser.add_argument("--list", action="store_true", help="print the sample, run nothing")
