@@ -66,8 +66,12 @@ def relative(found, exact):
     return float((found - exact).norm() / exact.norm())
 
 
+DAILY = [("resampled, rank", "pool"), ("separable", "sliding"), ("grouped", "detail alone")]
 PAIRS = [
-    (kind, place) for kind in KINDS for place in PLACES if not (kind.startswith("nested") and place == "detail alone")
+    pytest.param(kind, place, marks=[] if place == "crop" or (kind, place) in DAILY else pytest.mark.campaign)
+    for kind in KINDS
+    for place in PLACES
+    if not (kind.startswith("nested") and place == "detail alone")
 ]
 
 
@@ -85,7 +89,7 @@ def test_weights_that_have_the_structure_come_back(kind, place):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", ["crop", "pool"])
+@pytest.mark.parametrize("place", ["crop", pytest.param("pool", marks=pytest.mark.campaign)])
 def test_no_small_change_misses_the_weights_less(kind, place):
     """Every result is a stationary point of what it minimises, in its metric; and what is kept is what is not missed."""
     config = configuration(kind, place)
@@ -150,7 +154,7 @@ def test_the_metric_is_the_features_second_moment():
     torch.testing.assert_close(metric.root @ metric.inverse_root, torch.eye(8).double(), rtol=ROOT, atol=ROOT)
 
 
-def related(config, count=24):
+def related(config, count=16):
     """Features that lie in few dimensions, as those of images do."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(count, 6, generator=generator)
@@ -161,20 +165,30 @@ def related(config, count=24):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_least_squares_find_what_the_features_show(kind, monkeypatch):
-    """Features of 7 dimensions are few enough for every extractor to be exact on, or nearly; images that nothing was
-    fitted to gain as well, and what decides never becomes worse."""
+    """Features of 7 dimensions are told by few images: those that nothing was fitted to gain as well."""
     config = configuration(kind)
     full, features = full_of(config), related(config)
     student, _ = fitted(full, config, metric_of(features.fitted, config))
     extractor, parts = student.extractor, ("fitted", "deciding", "held_out")
     known = {part: (getattr(features, part), full.z(getattr(features, part))) for part in parts}
     before = {part: relative(extractor(x), z) for part, (x, z) in known.items()}
-    monkeypatch.setattr(least_squares, "STEPS", 20)
+    monkeypatch.setattr(least_squares, "STEPS", 6)
     least_squares.refine(extractor, known["fitted"], known["deciding"], full.split, lambda text: None)
     after = {part: relative(extractor(x), z) for part, (x, z) in known.items()}
-    assert after["held_out"] < 0.9 * before["held_out"]
+    assert after["held_out"] < before["held_out"]
     assert after["fitted"] < before["fitted"]
     assert least_squares.factors(extractor)[0][0].split("_")[1] in ("weight", "point", "down")
+
+
+def test_least_squares_keep_what_decides_best():
+    """Nothing moves where every step is a step away for the images that decide."""
+    config = configuration("bottleneck")
+    full, features = full_of(config), related(config)
+    student, fit = fitted(full, config, plain_metric(8))
+    x = features.deciding
+    known = (features.fitted, full.z(features.fitted)), (x, student.extractor(x).detach())
+    least_squares.refine(student.extractor, *known, full.split, lambda text: None)
+    assert all(torch.equal(p, fit.parameters[name]) for name, p in student.extractor.named_parameters())
 
 
 def test_least_squares_end_at_the_solution():
@@ -201,9 +215,9 @@ def test_distillation_is_seeded_and_keeps_the_best(monkeypatch):
         distillation.distil(student, *known, steps, lambda text: None)
         return student, start, relative(distillation.spatial_tokens(student, x), tokens)
 
-    student, start, end = trained(40)
-    assert end < 0.9 * start
-    again, _, _ = trained(40)
+    student, start, end = trained(12)
+    assert end < start
+    again, _, _ = trained(12)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
     head = fitted(teacher.full, config, plain_metric(8))[0]
     for name, parameter in student.named_parameters():
