@@ -27,11 +27,11 @@ def exact(values, scales):
     return dequantize_cells(values, scales, out).transpose(1, 2)
 
 
-def pooled_accuracy(config, scheme, dtype, forward):
+def pooled_accuracy(config, scheme, dtype, forward, batch=40):
     """A comparison with plain torch on the dequantised weights in ``dtype``, pooled to 10,000 elements."""
     pools = ([], [], [])
     for seed in range(100):
-        rows, values, scales, windows, weights = quantised_problem(config, scheme, 40, dtype, seed)
+        rows, values, scales, windows, weights = quantised_problem(config, scheme, batch, dtype, seed)
         pools[0].append(forward(rows, values, scales, windows).flatten())
         pools[1].append(by_convolution(rows, [w.to(dtype) for w in weights], windows).flatten())
         pools[2].append(by_convolution(rows.double(), weights, windows).flatten())
