@@ -102,7 +102,7 @@ def place_of(thing, size):
 
 def _third(value, size):
     borders = (size / 3, 2 * size / 3)
-    assert all(abs(value - border) >= size / 25 for border in borders), "too near to the next third"
+    assert all(abs(value - border) >= size / 100 for border in borders), "too near to the next third"
     return sum(value > border for border in borders)
 
 
