@@ -361,7 +361,8 @@ def test_the_command_with_breaches(small, monkeypatch):
     result = bench()
     assert result.exit_code == 1, result.output
     *_, no_room, no_code, last = result.stdout.splitlines()
-    label = "spatial_attend_fwd sm_90 bfloat16 crop-dfi+pool-dfi, B=1 (bucket 1 2 4 8 16 32 64 large)"
+    with_attention = "crop-dfi+pool-dfi+compact-50m+depthwise+grouped+separable+nested"
+    label = f"spatial_attend_fwd sm_90 bfloat16 {with_attention}, B=1 (bucket 1 2 4 8 16 32 64 large)"
     assert re.match(rf"{re.escape(label)}: \d+ bytes of shared memory, where a block on sm_90 has 1024:", no_room)
     assert no_code.startswith(f"{label}: it does not compile: ")
     assert last == "3 configurations, 2 breaches"
