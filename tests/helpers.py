@@ -147,7 +147,8 @@ def shrunk(variant, **overrides):
     return SPProjectorConfig.variant(variant, **{"grid": 6, **sizes, **detail, **map_size, **widths, **overrides})
 
 
-ALL_VARIANTS = sorted(VARIANTS.keys() - {"crop", "crop-dfi", "pool", "pool-dfi"})
+# Without second names, and without the compact ones, which have tests of their own.
+ALL_VARIANTS = sorted(VARIANTS.keys() - {"crop", "crop-dfi", "pool", "pool-dfi", "compact-5m", "compact-50m"})
 OFFICIAL_VARIANTS = sorted(OFFICIAL)
 
 
