@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sp_fast import ReferenceSPProjector, SPProjector, SPProjectorConfig, geometry
 from sp_fast.checkpoint import fill, reference_entries
+from sp_fast.compact_config import COMPACT
 from sp_fast.integrator import finite_where
 from sp_fast.interface import ProjectorOutput
 from sp_fast.kernels.pooled_rows import pooled_rows
@@ -240,6 +241,9 @@ class Exact(Reference):
         super().__init__(config, weights, device)
         self._dtype = _dtype(weights)
         self._met: dict[str, tuple[Tensor, Tensor]] = {}  # weight's key -> the convolution's input, and its output
+        if config.extractor in COMPACT:  # convolutions of convolutions, and small
+            self.module.double()
+            return
         for name, module in self.module.named_modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_pre_hook(_widen)
@@ -280,7 +284,9 @@ def _widen(conv: nn.Conv2d, _: tuple) -> None:
 
 
 def _convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
-    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
+    """Those that are nothing but a convolution of all channels."""
+    found = {name: child for name, child in module.named_modules() if type(child) is nn.Conv2d}
+    return {name: conv for name, conv in found.items() if conv.groups == 1}
 
 
 def _dtype(weights: Weights) -> torch.dtype | None:

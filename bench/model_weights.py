@@ -15,6 +15,7 @@ from sp_fast.bench.model_cases import EXACT, LLAVA, SP_FAST, SP_REFERENCE
 from sp_fast.bench.model_exact import widen
 from sp_fast.bench.model_shapes import ModelShape
 from sp_fast.bench.weights import random_tensor, random_weights
+from sp_fast.checkpoint import reference_state_dict
 from sp_fast.llava_sp import LlavaSpForConditionalGeneration
 from sp_fast.stored_tensor import StoredTensor
 
@@ -36,11 +37,11 @@ def build_model(
 def base_model(
     shape: ModelShape, dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[LlavaSpForConditionalGeneration, Weights]:
-    """LLaVA-SP, whose projector's weights in the official layout are given apart: every implementation takes them."""
+    """LLaVA-SP, whose projector's weights in the reference's layout are given apart: every implementation takes them."""
     if shape.folder is None:
         return _random_model(shape, dtype, device, seed)
     model = LlavaSpForConditionalGeneration.from_pretrained(shape.folder, dtype=dtype).to(device)
-    return model, _stored(getattr(model.model, PROJECTOR).official_state_dict(prefix=""))
+    return model, _stored(reference_state_dict(getattr(model.model, PROJECTOR)))
 
 
 def _random_model(

@@ -49,8 +49,11 @@ def projector_cases(
 
 
 def fitting(variant: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """A transformer keeps the vision tower's width."""
-    if SPProjectorConfig.variant(variant).extractor == "transformer" and "spatial_width" in overrides:
+    """A transformer keeps the vision tower's width, and a rank is no larger than that."""
+    published = SPProjectorConfig.variant(variant)
+    if published.rank is not None and "vision_width" in overrides:
+        return {**overrides, "rank": min(published.rank, overrides["vision_width"])}
+    if published.extractor == "transformer" and "spatial_width" in overrides:
         return {**overrides, "spatial_width": overrides.get("vision_width", 1024)}
     return overrides
 

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from sp_fast import SPProjector, SPProjectorConfig
 from sp_fast.bench.accuracy import compare
 from sp_fast.checkpoint import reference_entries
-from sp_fast.compact_config import COMPACT
 from sp_fast.training.study.drift import reference_of
 from sp_fast.variants import OFFICIAL, VARIANTS
 
@@ -148,9 +147,8 @@ def shrunk(variant, **overrides):
     return SPProjectorConfig.variant(variant, **{"grid": 6, **sizes, **detail, **map_size, **widths, **overrides})
 
 
-# Without a second name of the same, and without the compact ones, whose ranks do not fit such widths: test_compact.py.
-_SAME = {"crop", "crop-dfi", "pool", "pool-dfi"}
-ALL_VARIANTS = sorted(name for name in VARIANTS.keys() - _SAME if VARIANTS[name].get("extractor") not in COMPACT)
+# Without second names, and without the compact ones, which have tests of their own.
+ALL_VARIANTS = sorted(VARIANTS.keys() - {"crop", "crop-dfi", "pool", "pool-dfi", "compact-5m", "compact-50m"})
 OFFICIAL_VARIANTS = sorted(OFFICIAL)
 
 

@@ -13,6 +13,7 @@ from sp_fast.bench.plan import implementations as chosen
 from sp_fast.bench.subject import ProjectorJob
 from sp_fast.errors import ConfigError
 from tests.bench_helpers import LocalWorker, cases_of, measure
+from tests.compact_forms import KINDS, compact
 from tests.helpers import ALL_VARIANTS, small
 
 pytestmark = pytest.mark.usefixtures("local_workers")
@@ -109,3 +110,11 @@ def test_fast_stages_are_the_projectors_own(variant):
                 fast.tail(expected.z_small, *expected.z_big)[0], expected.tokens[:, : config.spatial_tokens]
             )
         torch.testing.assert_close(fast.mlp(x)[0], expected.tokens[:, config.spatial_tokens :])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compact_projectors_are_measured_whole(kind):
+    """Forward and backward pass the gate, ours and the baselines'."""
+    cases = [Case(kind, compact(kind), "whole", direction, 2, "float32") for direction in ("forward", "both")]
+    records, *_ = measure(cases, ["fast", "reference", "linear"], turns=1)
+    assert [record.withheld for record in records] == [None] * 6
