@@ -163,7 +163,13 @@ def related(config, count=16):
     return split(x, "these", config)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        k if "rank" in k or k in ("depthwise", "separable") else pytest.param(k, marks=pytest.mark.campaign)
+        for k in KINDS
+    ],
+)
 def test_least_squares_find_what_the_features_show(kind, monkeypatch):
     """Features of 7 dimensions are told by few images: those that nothing was fitted to gain as well."""
     config = configuration(kind)
