@@ -17,7 +17,6 @@ from tests.interpreter.test_windowed_matmul_triton import DTYPES, agrees, sparse
 from tests.test_windowed_matmul import CONFIGS
 from tests.test_windowed_matmul_quantized import NAMED, exact, pooled_accuracy, quantised_problem
 
-
 DAILY = [("int8", torch.float32), ("fp8", torch.bfloat16), ("int4", torch.bfloat16)]
 OTHERS = [pair for pair in itertools.product(NAMED, DTYPES) if pair not in DAILY]
 
