@@ -1,5 +1,6 @@
 """The quantised windowed matmul's Triton kernel in the interpreter: numbers, ragged widths, large addresses, refusals."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -16,13 +17,12 @@ from tests.interpreter.test_windowed_matmul_triton import DTYPES, agrees, sparse
 from tests.test_windowed_matmul import CONFIGS
 from tests.test_windowed_matmul_quantized import NAMED, exact, pooled_accuracy, quantised_problem
 
+DAILY = [("int8", torch.float32), ("fp8", torch.bfloat16), ("int4", torch.bfloat16)]
+OTHERS = [pair for pair in itertools.product(NAMED, DTYPES) if pair not in DAILY]
+
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(
-    ("scheme", "dtype"),
-    [("int8", torch.float32), ("int8", torch.bfloat16), ("fp8", torch.bfloat16), ("fp8", torch.float16),
-     ("int4", torch.bfloat16), ("int4", torch.float16)],
-)  # fmt: skip
+@pytest.mark.parametrize(("scheme", "dtype"), DAILY + [pytest.param(*p, marks=pytest.mark.campaign) for p in OTHERS])
 def test_accuracy_on_the_dequantised_weights(scheme, dtype):
     config = replace(CONFIGS["crop+detail"], vision_width=16, spatial_width=64)
     with pretend(CHIPS[90]):
