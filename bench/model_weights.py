@@ -37,7 +37,7 @@ def build_model(
 def base_model(
     shape: ModelShape, dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[LlavaSpForConditionalGeneration, Weights]:
-    """LLaVA-SP, whose projector's weights in the reference's layout are given apart: all implementations take them."""
+    """LLaVA-SP, and its projector's weights apart, as the reference has them: every implementation takes them."""
     if shape.folder is None:
         return _random_model(shape, dtype, device, seed)
     model = LlavaSpForConditionalGeneration.from_pretrained(shape.folder, dtype=dtype).to(device)

@@ -112,9 +112,12 @@ def test_fast_stages_are_the_projectors_own(variant):
         torch.testing.assert_close(fast.mlp(x)[0], expected.tokens[:, config.spatial_tokens :])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "depthwise" else pytest.param(kind, marks=pytest.mark.campaign) for kind in KINDS]
+)
 def test_compact_projectors_are_measured_whole(kind):
     """Forward and backward pass the gate, ours and the baselines'."""
-    cases = [Case(kind, compact(kind), "whole", direction, 2, "float32") for direction in ("forward", "both")]
+    config = compact(kind, **dict.fromkeys(("vision_width", "spatial_width", "text_width"), 32))  # elements enough
+    cases = [Case(kind, config, "whole", direction, 4, "float32") for direction in ("forward", "both")]
     records, *_ = measure(cases, ["fast", "reference", "linear"], turns=1)
     assert [record.withheld for record in records] == [None] * 6
