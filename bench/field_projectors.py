@@ -1,7 +1,7 @@
 """The field: every projector by its name on the command line. A further one is a row of PROJECTORS.
 
-A row of this package is a variant, with settings of its configuration where it has any:
-``"a-name": Spatial("LLaVA-SP, ...", "a-variant", settings={...})``.
+A row of this package is a variant, with settings of its configuration where it has any, or quantised:
+``"a-name": Spatial("LLaVA-SP, ...", "a-variant", settings={...}, quantization="int8")``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from sp_fast.bench.cases import DIRECTIONS, DTYPES
 from sp_fast.bench.field_rows import FieldCase, Peer, Published, Spatial
 from sp_fast.bench.implementations import YARDSTICK
 from sp_fast.bench.plan import TINY, check_names
+from sp_fast.config import QUANTIZATIONS
 from sp_fast.errors import ConfigError
 
 TINY_SHRINK = 16  # of a Q-Former's own width
 
 LLAVA = "github.com/haotian-liu/LLaVA, llava/model/multimodal_projector/builder.py"
 BLIP2 = "BLIP-2 (arXiv:2301.12597), Tab. 2"
+_OWN = {"source": "a form of this package's own (sp_fast/variants.py)", "remark": ""}
 PROJECTORS: dict[str, Peer | Spatial] = {
     "linear": Peer("linear (LLaVA, Shikra)", peers.linear, counts.linear, LLAVA),
     "llava-mlp": Peer("LLaVA-1.5 MLP", peers.mlp, counts.mlp, LLAVA),
@@ -65,6 +67,12 @@ PROJECTORS: dict[str, Peer | Spatial] = {
     "llava-sp": Spatial("LLaVA-SP crop-dfi, official form", "crop-dfi", YARDSTICK),
     "crop-dfi": Spatial("LLaVA-SP crop-dfi, sp_fast", "crop-dfi"),
     "pool-dfi": Spatial("LLaVA-SP pool-dfi, sp_fast", "pool-dfi"),
+    "compact-5m": Spatial("compact-5m, sp_fast", "compact-5m", **_OWN),
+    "compact-50m": Spatial("compact-50m, sp_fast", "compact-50m", **_OWN),
+    **{
+        f"crop-dfi-{name}": Spatial(f"LLaVA-SP crop-dfi in {name}, sp_fast", "crop-dfi", quantization=name)
+        for name in QUANTIZATIONS
+    },
 }  # fmt: skip
 
 
@@ -78,8 +86,10 @@ def field_cases(
 ) -> tuple[FieldCase, ...]:
     """Every projector that is named, or all of them, in every direction, batch and dtype.
 
+    Quantised ones are left out where a backward is asked for, unless they are named.
+
     Raises:
-        ConfigError: a name that is unknown, or a batch of no images.
+        ConfigError: a name that is unknown, a backward of quantised weights, or a batch of no images.
     """
     for kind, given, known in (
         ("projector", names, tuple(PROJECTORS)), ("direction", directions, DIRECTIONS),
@@ -92,7 +102,13 @@ def field_cases(
         **(TINY if tiny else {}),
         **({"spatial_width": spatial_width} if spatial_width else {}),
     }
-    chosen = dict.fromkeys(names or PROJECTORS)
+    trained = any(direction != "forward" for direction in directions)
+    frozen = [name for name, row in PROJECTORS.items() if trained and isinstance(row, Spatial) and row.quantization]
+    if named := [name for name in names if name in frozen]:
+        raise ConfigError(
+            f"{named[0]} has quantised weights, which have no backward: ask for --direction forward"
+        )
+    chosen = dict.fromkeys(names or (name for name in PROJECTORS if name not in frozen))
     return tuple(
         FieldCase(
             name, PROJECTORS[name].config(overrides), "whole", direction, batch, dtype, TINY_SHRINK if tiny else 1

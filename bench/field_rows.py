@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sp_fast.bench.counts import Count, Product, count, total
 from sp_fast.bench.field_peers import Shape
 from sp_fast.bench.implementations import OURS
 from sp_fast.checkpoint import official_shapes
+from sp_fast.quantize import quantize
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,17 @@ class Peer:
 
 @dataclass(frozen=True)
 class Spatial:
-    """LLaVA-SP: a variant, or the variant with further settings of its configuration, in one implementation."""
+    """LLaVA-SP: a variant, or the variant with further settings of its configuration, in one implementation.
+
+    ``quantization`` is of the packed weights, whose configuration stays what it was before: weights are quantised when
+    they are loaded, and judged beside what they then hold.
+    """
 
     label: str
     variant: str
     implementation: str = OURS
     settings: dict[str, Any] = field(default_factory=dict)
+    quantization: str | None = None
     source: str = "the official code's own tensors (sp_fast/variants.py)"
     published: tuple[Published, ...] = ()
     remark: str = (
@@ -102,11 +108,19 @@ class Spatial:
 
     def weight_bytes(self, case: FieldCase) -> int:
         """As the projector keeps them."""
-        held = SPProjector(case.config, device="meta", dtype=DTYPES[case.dtype]).state_dict()
-        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+        return held_bytes(case, self.quantization)
 
     def count(self, case: FieldCase) -> Count:
-        return count(case)
+        found = count(case)
+        return replace(found, bytes=found.bytes + held_bytes(case, self.quantization) - held_bytes(case, None))
+
+
+@functools.lru_cache(maxsize=64)
+def held_bytes(case: FieldCase, quantization: str | None) -> int:
+    """Of a LLaVA-SP's weights."""
+    projector = SPProjector(case.config, device="meta", dtype=DTYPES[case.dtype])
+    held = quantize(projector, quantization) if quantization else projector
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.state_dict().values())
 
 
 @functools.lru_cache(maxsize=64)

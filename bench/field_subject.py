@@ -15,10 +15,13 @@ from sp_fast.bench.field_exact import Streamed
 from sp_fast.bench.field_peers import Shape, import_blocks
 from sp_fast.bench.field_projectors import PROJECTORS
 from sp_fast.bench.field_rows import Peer, Spatial
-from sp_fast.bench.implementations import EXACT, OURS, YARDSTICK, Implementation, View, Weights, sum_in_float32
+from sp_fast.bench.implementations import EXACT, OURS, YARDSTICK, Exact, Implementation, View, Weights, sum_in_float32
 from sp_fast.bench.memory import release
 from sp_fast.bench.subject import ProjectorJob, ProjectorSubject
 from sp_fast.bench.weights import random_tensor
+from sp_fast.compact_config import COMPACT
+from sp_fast.quantize import BY_NAME, QuantizedWeight, quantize
+from sp_fast.stored_tensor import StoredTensor
 
 BUILT = "projector"  # the process of whichever projector it is
 PLAIN = "plain."  # before the results of the official form in the row's own dtype
@@ -38,7 +41,8 @@ class FieldJob(ProjectorJob):
             return PeerSubject(self)
         if self.implementation == EXACT:
             return SpatialJudge(self, row)
-        return ProjectorSubject(replace(self, implementation=row.implementation))
+        subject = QuantizedSubject if row.quantization else ProjectorSubject
+        return subject(replace(self, implementation=row.implementation))
 
 
 class PeerSubject(ProjectorSubject):
@@ -88,11 +92,51 @@ def filled(
     return module
 
 
-class StreamedSubject(ProjectorSubject):
-    """The official form in float64."""
+class QuantizedSubject(ProjectorSubject):
+    """Ours with packed weights that are quantised from the same numbers."""
+
+    _job: FieldJob
 
     def _build(self, weights: Weights) -> Implementation:
-        return Streamed(self._job.config, weights, self._device)
+        found = super()._build(weights)
+        found.module = quantize(found.module, PROJECTORS[self._job.projector].quantization)
+        return found
+
+
+class OfficialSubject(ProjectorSubject):
+    """The official form, with what a quantised row's weights hold where it judges one."""
+
+    _job: FieldJob
+
+    def _build(self, weights: Weights) -> Implementation:
+        scheme = PROJECTORS[self._job.projector].quantization
+        return self._official(dequantized(weights, scheme) if scheme else weights)
+
+    def _official(self, weights: Weights) -> Implementation:
+        return super()._build(weights)
+
+
+class StreamedSubject(OfficialSubject):
+    """The official form in float64; a compact one, which is small, whole."""
+
+    def _official(self, weights: Weights) -> Implementation:
+        kind = Exact if self._job.config.extractor in COMPACT else Streamed
+        return kind(self._job.config, weights, self._device)
+
+
+def dequantized(weights: Weights, scheme: str) -> Weights:
+    """Weights of which each convolution's are quantised when they are read, and given back in float64."""
+
+    def load(stored: StoredTensor) -> Tensor:
+        weight = stored.load()
+        packed = weight.permute(2, 3, 1, 0).flatten(0, 1)
+        cells = QuantizedWeight.of(packed, BY_NAME[scheme]).dequantized(torch.float64)
+        return cells.unflatten(0, weight.shape[2:]).permute(3, 2, 0, 1)
+
+    return {
+        key: replace(stored, load=lambda stored=stored: load(stored)) if len(stored.shape) == 4 else stored
+        for key, stored in weights.items()
+    }
 
 
 class SpatialJudge:
@@ -105,7 +149,7 @@ class SpatialJudge:
 
     def results(self, case: Case) -> str:
         exact = self._results(StreamedSubject, EXACT, case)
-        plain = self._results(ProjectorSubject, YARDSTICK, case) if self._row.implementation == OURS else {}
+        plain = self._results(OfficialSubject, YARDSTICK, case) if self._row.implementation == OURS else {}
         path = self._job.folder / f"{EXACT}.{case.key}.safetensors"
         save_file(exact | {PLAIN + name: tensor for name, tensor in plain.items()}, path)
         return str(path)

@@ -22,7 +22,8 @@ from sp_fast.kernels.windowed_matmul_quantized import windowed_matmul_quantized
 if TYPE_CHECKING:
     from sp_fast.projector import SPProjector
 
-_BY_NAME = {scheme.name: scheme for scheme in SCHEMES.values()}
+#: Of a configuration's ``quantization``.
+BY_NAME = {scheme.name: scheme for scheme in SCHEMES.values()}
 #: names of a quantised weight's buffers
 STORED = ("stored_values", "stored_scales")
 _PIECE_ELEMENTS = 2**24  # of a weight at a time: copies in float32 of all of it would be gigabytes
@@ -133,7 +134,7 @@ def quantize_extractor(extractor: nn.Module, name: str) -> None:
             "leave quantization out, or take another extractor"
         )
     for place in packed:
-        weight = QuantizedWeight.of(getattr(extractor, place), _BY_NAME[name], f"extractor.{place}")
+        weight = QuantizedWeight.of(getattr(extractor, place), BY_NAME[name], f"extractor.{place}")
         delattr(extractor, place)
         extractor.add_module(place, weight)
 

@@ -197,6 +197,7 @@ def test_compiled(folder, loaded):
     assert not compilation.recompilations
 
 
+@pytest.mark.campaign
 def test_the_command_compiles_for_its_prompts(folder, loaded, monkeypatch):
     from sp_fast.llava_sp import compile as module
 

@@ -48,7 +48,7 @@ def requests(model):
 @pytest.mark.parametrize(
     ("make", "text", "tower", "backend"),
     [
-        (tiny.model_of, "llama", "clip", "eager"),
+        pytest.param(tiny.model_of, "llama", "clip", "eager", marks=pytest.mark.campaign),
         (small, "qwen2", "siglip", "aot_eager"),
         (small, "mistral", "clip", "eager"),
     ],

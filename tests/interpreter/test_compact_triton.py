@@ -15,8 +15,7 @@ PYRAMIDS = {
     "sliding": {"map_size": 4, "sliding_windows": (2, 2), "detail_kernel": 2},
 }
 DAILY = {
-    ("depthwise", "crop", torch.float32), ("separable", "crop", torch.float32), ("nested", "crop", torch.bfloat16),
-    ("resampled", "crop", torch.float32),
+    ("depthwise", "crop", torch.float32), ("nested", "crop", torch.bfloat16), ("resampled", "crop", torch.float32),
 }  # fmt: skip
 SMALLER = {"grouped": {"groups": 2}, "resampled": {"base_kernel": 2}}
 CASES = [

@@ -6,9 +6,9 @@ from sp_fast.training.study.drift import within_rounding
 from tests.convergence import CONFIGS, race, with_fault
 
 
-@pytest.mark.parametrize("variant", CONFIGS)
 @pytest.mark.parametrize(
-    ("seeds", "steps", "factor"), [((0,), 6, 1.05), pytest.param((0, 1, 2), 200, 5, marks=pytest.mark.campaign)]
+    ("variant", "seeds", "steps", "factor"),
+    [("crop-dfi", (0,), 6, 1.05), *(pytest.param(v, (0, 1, 2), 200, 5, marks=pytest.mark.campaign) for v in CONFIGS)],
 )
 def test_float32_ends_within_rounding(variant, seeds, steps, factor):
     for seed in seeds:

@@ -11,6 +11,7 @@ from tests import standin
 from tests.test_official_training import gradients
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("variant", ["conv336_3_tokens"])
 def test_tokens_and_gradients(variant):
     model = standin.randomise(standin.Model(variant)).eval()

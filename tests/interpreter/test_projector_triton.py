@@ -31,8 +31,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRADIENT_SAMPLE = {"tfm_pooling"}
 ACCURACY_SAMPLE = {
     (torch.bfloat16, "conv336_24"),
-    (torch.bfloat16, "conv336_conv_49"),
-    (torch.float16, "tfm336"),
+    (torch.float16, "conv336_conv_49"),
 }
 SAMPLE = {"dfi_cropping_nonfinite", "conv49", "tfm_pooling"}
 
@@ -131,7 +130,9 @@ def test_accuracy_rule(variant, dtype):
             assert comparison.passed, comparison
 
 
-@pytest.mark.parametrize("variant", ["crop-dfi", "pool", "conv336_adptive_pooling_multifuse_q"])
+@pytest.mark.parametrize(
+    "variant", ["crop-dfi", pytest.param("pool", marks=pytest.mark.campaign), "conv336_adptive_pooling_multifuse_q"]
+)
 def test_gradients_of_tokens_and_attention(variant):
     triton, torch_path = build(variant), build(variant, backend="torch")
     x = features_for(triton.config, 2)
@@ -171,23 +172,21 @@ def test_frozen_parts_get_no_gradient(frozen):
 
 @pytest.mark.parametrize("variant", ["crop-dfi", pytest.param("pool", marks=pytest.mark.campaign)])
 def test_compiles_whole_with_a_dynamic_batch(variant):
-    projector = build(variant)
+    """With the gradients that it has when it runs eagerly."""
+    projector, other = build(variant), build(variant)
     compiled = torch.compile(projector, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 3):
         x = features_for(projector.config, batch)
-        torch.testing.assert_close(compiled(x), projector(x))
-
-
-def test_compiled_gradients_are_the_eager_ones():
-    projector, other = build(), build()
-    x = features_for(projector.config)
-    torch.compile(projector, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
-    other(x).square().sum().backward()
+        found, expected = compiled(x), other(x)
+        torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
     for ours, theirs in zip(projector.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("variant", [pytest.param("pool-dfi", marks=pytest.mark.campaign), "crop"])
+@pytest.mark.campaign
+@pytest.mark.parametrize("variant", ["pool-dfi", "crop"])
 def test_opcheck(variant):
     """Of the head and of the pooled rows, with the arguments that a projector gives them."""
     projector = build(variant, text_width=8)
@@ -218,6 +217,7 @@ def test_empty_batch():
         tokens.sum().backward()
 
 
+@pytest.mark.campaign
 def test_gradient_checkpointing_and_two_backwards():
     projector, other = build(), build()
     x = features_for(projector.config).requires_grad_()
@@ -307,12 +307,14 @@ def test_changed_layers_are_never_bypassed():
         "patch_mlp longer": lambda p: p.patch_mlp.append(nn.GELU()),
     }
     for name, change in changes.items():
-        projector, torch_path, untouched = build(), build(backend="torch"), build()
+        projector, torch_path = build(), build(backend="torch")
         x = features_for(projector.config, 1)
+        untouched = torch_path(x)
         change(projector)
         change(torch_path)
-        torch.testing.assert_close(projector(x), torch_path(x), msg=name)
-        assert not torch.allclose(projector(x), untouched(x), atol=1e-6), name
+        found = projector(x)
+        torch.testing.assert_close(found, torch_path(x), msg=name)
+        assert not torch.allclose(found, untouched, atol=1e-5), name
 
 
 def test_layers_without_bias_are_called():

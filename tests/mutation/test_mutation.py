@@ -173,7 +173,8 @@ def test_the_sample_is_listed(capsys):
     assert capsys.readouterr().out.count("sp_fast/geometry.py:") == 3
 
 
-def test_one_a_day():
+@pytest.mark.campaign
+def test_a_mutant_of_one_file():
     assert campaign(0, 1, files=["sp_fast/geometry.py"]) == 0
 
 
