@@ -105,9 +105,7 @@ def field_cases(
     trained = any(direction != "forward" for direction in directions)
     frozen = [name for name, row in PROJECTORS.items() if trained and isinstance(row, Spatial) and row.quantization]
     if named := [name for name in names if name in frozen]:
-        raise ConfigError(
-            f"{named[0]} has quantised weights, which have no backward: ask for --direction forward"
-        )
+        raise ConfigError(f"{named[0]} has quantised weights, which have no backward: ask for --direction forward")
     chosen = dict.fromkeys(names or (name for name in PROJECTORS if name not in frozen))
     return tuple(
         FieldCase(

@@ -83,7 +83,7 @@ def test_an_arm_is_built_on_either_grid(name, grid):
     config = ARMS[name].config(grid, 16, 24)
     published = SPProjectorConfig.variant(ARMS[name].variant, **ARMS[name].changes)
     assert (config.spatial_tokens, config.detail_sides) == (published.spatial_tokens, published.detail_sides)
-    assert config.spatial_width == (16 if name.startswith("tfm") else 8)
+    assert config.spatial_width == {"tfm": 16, "compact-5m": 4}.get(name.removesuffix("-crop").removesuffix("-pool"), 8)
     assert (config.transformer_layers, config.map_size) == (4, grid)
     tokens = ReferenceSPProjector(config, device="meta")(torch.empty(1, grid**2, 16, device="meta"))
     assert tokens.shape == (1, config.spatial_tokens + grid**2, 24)
@@ -102,8 +102,11 @@ def test_arms_are_those_of_the_paper():
     whole = ARMS["pool-dfi"].config(24, 1024, 4096)
     assert whole == SPProjectorConfig.variant("conv336_adptive_pooling_fuse_49")
     compact = {name: arm.config(12, 96, 24) for name, arm in ARMS.items() if arm.table == "compact"}
-    assert [compact[name].rank for name in ("bottleneck", "separable", "nested", "resampled")] == [6] * 4
-    assert (compact["grouped"].groups, compact["resampled"].base_kernel) == (8, 4)
+    assert [compact[name].rank for name in ("compact-50m", "compact-5m", "separable", "nested")] == [4, 6, 6, 6]
+    assert (compact["grouped"].groups, compact["compact-5m"].base_kernel) == (8, 4)
+    assert {name: (c.extractor, c.spatial_width) for name, c in compact.items() if name.startswith("compact")} == {
+        "compact-50m": ("bottleneck", 48), "compact-5m": ("resampled", 24),
+    }  # fmt: skip
     assert {(c.kernel_sizes, c.detail_kernel) for c in compact.values()} == {((2, 4, 6, 8, 10, 12), 8)}
     assert all("rank" not in config.to_dict() for name, config in halved.items() if name not in compact)
     with pytest.raises(ConfigError, match=r"'crop' has kernel_sizes 4 on the published 24x24 grid.*8x8"):

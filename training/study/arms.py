@@ -33,8 +33,7 @@ class Arm:
     def config(self, grid: int, vision_width: int, text_width: int) -> SPProjectorConfig:
         """The same on a tower of ``grid`` x ``grid`` patches: every length grows or shrinks with it.
 
-        The spatial features are half as wide as the vision tower's, as published, or as wide where the extractor is
-        a transformer, which keeps the width. A rank keeps its share of the tower's width, and is 4 at least; groups
+        The spatial features' width and a rank keep their shares of the tower's width (a rank is 4 at least); groups
         stay as many.
 
         Raises:
@@ -44,8 +43,7 @@ class Arm:
         values = {name: self._scaled(name, getattr(published, name), grid) for name in self._lengths(published)}
         if published.rank is not None:
             values["rank"] = max(_LEAST_RANK, published.rank * vision_width // _WIDTH)
-        keeps = published.extractor == "transformer"
-        widths = {"vision_width": vision_width, "spatial_width": vision_width if keeps else vision_width // 2}
+        widths = {"vision_width": vision_width, "spatial_width": published.spatial_width * vision_width // _WIDTH}
         return SPProjectorConfig.from_dict(
             {**published.to_dict(), **values, **widths, "grid": grid, "text_width": text_width}
         )
@@ -84,12 +82,12 @@ _ALL = (
     Arm("detail-4", _DETAIL, "crop-dfi", {"detail_kernel": 4}),  # crop-dfi has the 16
     Arm("detail-8", _DETAIL, "crop-dfi", {"detail_kernel": 8}),
     Arm("detail-12", _DETAIL, "crop-dfi", {"detail_kernel": 12}),
-    Arm("bottleneck", _COMPACT, "crop-dfi", {"extractor": "bottleneck", "rank": 64}),
+    Arm("compact-50m", _COMPACT, "compact-50m"),
+    Arm("compact-5m", _COMPACT, "compact-5m"),
     Arm("depthwise", _COMPACT, "crop-dfi", {"extractor": "depthwise"}),
     Arm("grouped", _COMPACT, "crop-dfi", {"extractor": "grouped", "groups": 8}),
     Arm("separable", _COMPACT, "crop-dfi", {"extractor": "separable", "rank": 64}),
     Arm("nested", _COMPACT, "crop-dfi", {"extractor": "nested", "rank": 64}),
-    Arm("resampled", _COMPACT, "crop-dfi", {"extractor": "resampled", "rank": 64}),
 )
 #: By name, in the order in which they run and are shown.
 ARMS = {arm.name: arm for arm in _ALL}
