@@ -128,6 +128,19 @@ def relation(text, things, size):
     return side
 
 
+def side(text, things, size):
+    """Of the middle of all things' boxes."""
+    weights = [(t.right - t.left) * (t.bottom - t.top) for t in things]
+    across, down = (
+        sum(w * t.centre[axis] for w, t in zip(weights, things, strict=True)) / sum(weights) - size / 2
+        for axis in (0, 1)
+    )
+    assert max(abs(across), abs(down)) >= size / 32, "towards no side"
+    assert max(abs(across), abs(down)) >= 2 * min(abs(across), abs(down)), "between two sides"
+    sides = {"left": -across, "right": across, "top": -down, "bottom": down}
+    return max(sides, key=sides.get)
+
+
 def counted(text):
     """Colour and shape of what is counted, None for any."""
     colour, plural = re.search(rf"(?:({'|'.join(HUES)}) )?(circles|squares|triangles|crosses|shapes)\b", text).groups()
@@ -179,6 +192,7 @@ def box(text, things, size):
 ANSWERS = {
     "position": position,
     "relation": relation,
+    "side": side,
     "count": count,
     "colour": colour,
     "presence": presence,

@@ -24,7 +24,7 @@ from sp_fast.training.task.sheet import draw_sheet
 from sp_fast.training.task.words import ANSWERS, TYPES, vocabulary
 from sp_fast.version import __version__
 
-_FORMAT = 3  # of what a seed means: another one draws other images
+_FORMAT = 4  # of what a seed means: another one draws other images
 _SIZES = (64, 1024)
 _TOGETHER = 32  # images that a process is given at a time
 

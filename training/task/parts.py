@@ -20,7 +20,7 @@ from sp_fast.training.task.tokenizer import make_tokenizer
 from sp_fast.training.task.tower import make_tower, teach_seeing
 from sp_fast.version import __version__
 
-TOWER, LANGUAGE = PARTS = ("vision-tower", "language-model")
+TOWER, BLIND, LANGUAGE = PARTS = ("vision-tower", "blind-tower", "language-model")
 #: Of a part's name, steps that it has taken, all of them, and the last loss.
 Progress = Callable[[str, int, int, float], None]
 
@@ -39,7 +39,7 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale(8, (64, 4, 4), 10_000, Lessons(1800, 16, 2e-3), (128, 4, 4), Lessons(2000, 48, 1e-3)),
+    "tiny": Scale(8, (64, 4, 4), 10_000, Lessons(1500, 16, 2e-3), (128, 4, 4), Lessons(2000, 48, 1e-3)),
     "small": Scale(4, (128, 6, 4), 20_000, Lessons(6000, 32, 1e-3), (256, 6, 8), Lessons(4000, 64, 5e-4)),
 }
 _CONTEXT = 1024
@@ -50,7 +50,8 @@ def make_parts(
 ) -> dict[str, Any]:
     """Teaches both parts and writes a folder that appears whole or not at all; returns what its ``parts.json`` holds.
 
-    ``vision-tower/`` is a CLIP for images of ``size`` pixels, ``language-model/`` a Qwen2 with its tokenizer.
+    ``vision-tower/`` is a CLIP for images of ``size`` pixels, ``blind-tower/`` one whose patches do not say where they
+    lie, ``language-model/`` a Qwen2 with its tokenizer.
 
     Args:
         scale: a name of ``SCALES``.
@@ -68,12 +69,15 @@ def make_parts(
         raise DataError(f"size={size} must be a multiple of the patch's {sizes.patch} pixels")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with new_folder(out, 0) as made:
-        tower = make_tower(*sizes.tower, sizes.patch, size, seed).to(device)
-        seen = teach_seeing(tower, sizes.images, sizes.seeing, seed, _named(TOWER, progress))
-        tower.save_pretrained(made / TOWER)
+        accuracy: dict[str, dict[str, float]] = {}
+        for name in (TOWER, BLIND):
+            tower = make_tower(*sizes.tower, sizes.patch, size, seed).to(device)
+            lessons = tower, sizes.images, sizes.seeing, seed, _named(name, progress)
+            accuracy[name] = teach_seeing(*lessons, places=name == TOWER)
+            tower.save_pretrained(made / name)
         tokenizer = make_tokenizer()
         model = make_language_model(tokenizer, *sizes.language, _CONTEXT, seed).to(device)
-        read = teach_reading(model, tokenizer, sizes.reading, seed, _named(LANGUAGE, progress))
+        accuracy[LANGUAGE] = teach_reading(model, tokenizer, sizes.reading, seed, _named(LANGUAGE, progress))
         model.save_pretrained(made / LANGUAGE)
         tokenizer.save_pretrained(made / LANGUAGE)
         described = {
@@ -82,7 +86,7 @@ def make_parts(
             "seed": seed,
             "size": size,
             **asdict(sizes),
-            "accuracy": seen | read,
+            "accuracy": accuracy,
         }
         (made / "parts.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return described

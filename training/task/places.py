@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import ceil, floor
 
 from sp_fast.training.task.words import PLACES
@@ -10,6 +11,8 @@ from sp_fast.training.task.words import PLACES
 Box = tuple[int, int, int, int]
 _CLEAR = 1 / 96  # share of the image by which a centre keeps away from the next third: a pixel of the smallest task
 _STEEPNESS = 2  # so many times further along one axis than along the other is a side
+_LEANING = 1 / 32  # share of the image by which things lie towards a side at least
+_SIDES = {"left": "left", "right": "right", "above": "top", "below": "bottom"}
 
 
 def third(place: str, size: int) -> tuple[float, float, float, float]:
@@ -50,6 +53,19 @@ def side_of(box: Box, other: Box) -> str | None:
     if abs(down) >= _STEEPNESS * abs(across):
         return "above" if down < 0 else "below"
     return None
+
+
+def fullest_side(boxes: Iterable[Box], size: int) -> str | None:
+    """The side of the image that boxes lie towards on average, each weighing what its area is; None where it is not
+    clear."""
+    weighed = [
+        ((right - left) * (bottom - top), _centre((left, top, right, bottom))) for left, top, right, bottom in boxes
+    ]
+    total = sum(weight for weight, _ in weighed)
+    x, y = (sum(weight * centre[axis] for weight, centre in weighed) / total for axis in (0, 1))
+    if max(abs(x - size / 2), abs(y - size / 2)) < _LEANING * size:
+        return None
+    return _SIDES.get(side_of((x, y, x, y), (0, 0, size, size)))
 
 
 def _centre(box: Box) -> tuple[float, float]:

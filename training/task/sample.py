@@ -77,6 +77,7 @@ def _questions(
     fields = [
         ("position", wanted["position"], {"kind": scene.located.kind}),
         ("relation", wanted["relation"], {"kind": scene.first.kind, "other": scene.second.kind}),
+        ("side", wanted["side"], {}),
         ("count", wanted["count"], {"kinds": scene.counted.plural}),
         ("colour", wanted["colour"], {"shape": scene.coloured.kind.shape, "place": scene.coloured_at}),
         *(("presence", said, {"kind": scene.asked[said]}) for said in presence),

@@ -8,6 +8,7 @@ its answer, so that the words alone tell nothing:
 - presence: two kinds are drawn alike, and one of them is put into the image. Others have the colour and the shape of
   either (POPE's adversarial negatives);
 - position, relation, box: kinds that only one thing has;
+- side: the one that all things together lie towards;
 - colour: of a shape in a third of the image that has two things, of other shapes and colours, and no pixel of more.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from sp_fast.training.task.places import Box, apart, reaches, side_of, starts
+from sp_fast.training.task.places import Box, apart, fullest_side, reaches, side_of, starts
 from sp_fast.training.task.words import ANSWERS, COLOURS, PLACES, PRESENCE, SHAPES, Kind
 
 _KINDS = tuple(Kind(colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -92,9 +93,11 @@ def compose(rng: Random, goals: Mapping[str, str], size: int) -> Scene:
     """A scene whose questions have these answers, in an image of ``size`` pixels a side."""
     while True:
         try:
-            return _place(rng, _cast(rng, goals), goals, size)
+            scene = _place(rng, _cast(rng, goals), goals, size)
         except _Crowded:
             continue
+        if fullest_side((thing.box for thing in scene.things), size) == goals["side"]:
+            return scene
 
 
 def compose_caption(rng: Random, size: int) -> list[tuple[Thing, str]]:

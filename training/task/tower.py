@@ -1,8 +1,8 @@
-"""The spatial task's vision tower: a small CLIP whose patches have learnt to say what they show, and where they are.
+"""The spatial task's vision towers: small CLIPs whose patches have learnt to say what they show, and where they are.
 
 This classification stage has images of its own, none of the data's. A pretrained CLIP's patches say both; one that is
-taught colours and shapes alone drops its position embeddings on the way. What lies beside what is left to the projector
-and the language model.
+taught colours and shapes alone drops its position embeddings on the way: the blind tower, behind which only the
+projector can say where a patch lies. What lies beside what is left to the projector and the language model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sp_fast.training.task.words import COLOURS, SHAPES
 _MOST = 12  # things of an image
 _LEAST = 1 / 10  # share of a patch that a thing must fill to be what the patch shows
 _JUDGED = 200  # images
+_LABELS = ("colour", "shape", "row", "column")
 _SHOWN = (1 + len(COLOURS), 1 + len(SHAPES))  # 0 is the background
 
 
@@ -46,18 +47,24 @@ def make_tower(width: int, layers: int, heads: int, patch: int, size: int, seed:
 
 
 def teach_seeing(
-    tower: CLIPVisionModel, images: int, lessons: Lessons, seed: int, progress: Progress | None = None
+    tower: CLIPVisionModel,
+    images: int,
+    lessons: Lessons,
+    seed: int,
+    progress: Progress | None = None,
+    places: bool = True,
 ) -> dict[str, float]:
     """Trains the tower under a linear head, which is dropped: each patch's colour and shape, or background, its row and
     its column. Returns the shares of patches of new images, where they show a thing, of which it says each rightly.
 
     Args:
         images: that are drawn, and come again in any order.
+        places: whether rows and columns are taught.
     """
     config, device = tower.config, tower.device
     side = config.image_size // config.patch_size
-    classes = (*_SHOWN, side, side)
-    pixels, labels = _drawn(seed, range(images), config)
+    classes = (*_SHOWN, side, side)[: len(_LABELS) if places else len(_SHOWN)]
+    pixels, labels = _drawn(seed, range(images), config, len(classes))
     order = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,21 +78,22 @@ def teach_seeing(
         return loss(logits(pixels[chosen]).split(classes, -1), labels[chosen].to(device))
 
     fit(nn.ModuleList([tower, head]), loss_of, lessons, progress)
-    pixels, labels = _drawn(seed, range(images, images + _JUDGED), config)
+    pixels, labels = _drawn(seed, range(images, images + _JUDGED), config, len(classes))
     with torch.no_grad():
         said = torch.stack([some.argmax(-1) for some in logits(pixels).split(classes, -1)], -1).cpu()
     right = (said == labels)[labels[..., 0] > 0].double().mean(0)
-    return dict(zip(("colour", "shape", "row", "column"), right.tolist(), strict=True))
+    return dict(zip(_LABELS, right.tolist(), strict=False))
 
 
-def _drawn(seed: int, numbers: Iterable[int], config: CLIPVisionConfig) -> tuple[Tensor, Tensor]:
+def _drawn(seed: int, numbers: Iterable[int], config: CLIPVisionConfig, count: int) -> tuple[Tensor, Tensor]:
+    """Pixels, and the first so many labels."""
     images = [labelled_image(seed, number, config.image_size, config.patch_size) for number in numbers]
     pixels, labels = zip(*images, strict=True)
-    return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(labels))
+    return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(labels)[..., :count])
 
 
 def loss(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Cross-entropy of ``[B, N, classes]``, a tensor for each of the ``[B, N, 4]`` labels."""
+    """Cross-entropy of ``[B, N, classes]``, a tensor for each of the ``[B, N, n]`` labels."""
     parts = zip(logits, labels.unbind(-1), strict=True)
     return sum(F.cross_entropy(some.float().flatten(0, 1), wanted.flatten()) for some, wanted in parts)
 

@@ -15,6 +15,7 @@ BOX = "box"
 ANSWERS = {
     "position": PLACES,
     "relation": ("left", "right", "above", "below"),
+    "side": ("left", "right", "top", "bottom"),
     "count": ("1", "2", "3", "4", "5"),
     "colour": COLOURS,
     "presence": tuple(PRESENCE.values()),
@@ -30,6 +31,11 @@ QUESTIONS = {
         "Where is the {kind} relative to the {other}?",
         "On which side of the {other} is the {kind}?",
         "Seen from the {other}, where is the {kind}?",
+    ),
+    "side": (
+        "Which side of the image is the fullest?",
+        "Where is the image the fullest?",
+        "Name the fullest side of the image.",
     ),
     "count": (
         "How many {kinds} are there?",
