@@ -76,7 +76,7 @@ def test_rows_of_training_have_each_type_once_in_any_order(folder, seen):
             types.append(kind)
         assert sorted(types) == sorted(TYPES)
         first.add(types[0])
-        assert [turn["value"].startswith("<image>\n") for turn in row["conversations"]] == [True] + 11 * [False]
+        assert [turn["value"].startswith("<image>\n") for turn in row["conversations"]] == [True] + 13 * [False]
     assert len(first) > 2
 
 

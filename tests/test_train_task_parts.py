@@ -14,6 +14,7 @@ from sp_fast.cli import app
 from sp_fast.errors import DataError
 from sp_fast.llava_sp.assemble import assemble
 from sp_fast.training.task import parts
+from sp_fast.training.task import tower as tower_module
 from sp_fast.training.task.drawing import mask_of
 from sp_fast.training.task.fit import Lessons
 from sp_fast.training.task.language import (
@@ -171,6 +172,17 @@ class TestSeeing:
         assert set(known) == {"colour", "shape", "row", "column"}
         assert not tower.training
 
+    def test_a_blind_tower_is_told_no_place(self):
+        """Wherever patches lie, it is taught the same."""
+        seen = []
+        for moved in (0, 1):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tower_module, "labelled_image", lambda *args, moved=moved: _moved(*args, moved))
+                tower = make_tower(32, 2, 2, 8, 32, 0)
+                assert set(teach_seeing(tower, 4, Lessons(3, 2, 3e-3), 0, places=False)) == {"colour", "shape"}
+            seen.append(tower.state_dict())
+        assert all(torch.equal(tensor, seen[1][name]) for name, tensor in seen[0].items())
+
     @pytest.mark.parametrize("wrong", range(4))
     def test_the_loss_is_that_of_every_label(self, wrong):
         labels = torch.tensor([[[3, 1, 0, 2], [0, 0, 1, 1]]])
@@ -192,9 +204,14 @@ class TestParts:
             app, ["train", "make-parts", "--out", str(tmp_path / "p"), "--size", "32", "--json"]
         )
         assert result.exit_code == 0, result.output
-        assert set(json.loads(result.stdout)["accuracy"]) == {"colour", "shape", "row", "column", "reading"}
+        assert {part: set(shares) for part, shares in json.loads(result.stdout)["accuracy"].items()} == {
+            "vision-tower": {"colour", "shape", "row", "column"},
+            "blind-tower": {"colour", "shape"},
+            "language-model": {"reading"},
+        }
         assert json.loads((tmp_path / "p" / "parts.json").read_text())["tower"] == [16, 2, 2]
-        CLIPVisionModel.from_pretrained(tmp_path / "p" / "vision-tower")
+        for name in ("vision-tower", "blind-tower"):
+            CLIPVisionModel.from_pretrained(tmp_path / "p" / name)
         Qwen2ForCausalLM.from_pretrained(tmp_path / "p" / "language-model")
         fields = {"kernel_sizes": [2, 4], "detail_kernel": 2, "spatial_width": 8}
         made = assemble(tmp_path / "p" / "language-model", tmp_path / "p" / "vision-tower", fields)
@@ -209,9 +226,10 @@ class TestParts:
         monkeypatch.setitem(parts.SCALES, "tiny", tiny)
         for name in "ab":
             make_parts(tmp_path / name, size=32, seed=3)
-        for part in ("vision-tower", "language-model"):
+        for part in ("vision-tower", "blind-tower", "language-model"):
             files = [(tmp_path / name / part / "model.safetensors").read_bytes() for name in "ab"]
             assert files[0] == files[1]
+        assert files[0] != (tmp_path / "a" / "vision-tower" / "model.safetensors").read_bytes()
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -225,6 +243,13 @@ class TestParts:
     def test_nothing_is_overwritten(self, tmp_path):
         with pytest.raises(DataError, match="is there already"):
             make_parts(tmp_path)
+
+
+def _moved(seed, index, size, patch, by):
+    """An image whose labels say other rows and columns."""
+    pixels, labels = labelled_image(seed, index, size, patch)
+    labels[:, 2:] = (labels[:, 2:] + by) % (size // patch)
+    return pixels, labels
 
 
 def _answered(question, scene, answer):

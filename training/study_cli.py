@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 TaskOption = Annotated[Path, typer.Option(help="Folder that sp-fast train make-task has made.")]
 PartsOption = Annotated[
-    Path, typer.Option(help="Folder of language-model and vision-tower, as sp-fast train make-parts makes it.")
+    Path, typer.Option(help="Folder of language-model and towers, as sp-fast train make-parts makes it.")
+]
+TowerOption = Annotated[
+    Literal["vision-tower", "blind-tower"],
+    typer.Option(help="Of the parts: patches of the blind one do not say where they lie."),
 ]
 OutOption = Annotated[Path, typer.Option(help="The study's folder. What was interrupted goes on in it.")]
 RecipeOption = Annotated[
@@ -36,6 +40,7 @@ def study(
     headline: Annotated[bool, typer.Option("--headline", help="mlp, crop-dfi and pool-dfi.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
     images: Annotated[int | None, typer.Option(min=1, help="The first so many held-out images. Default: all.")] = None,
+    tower: TowerOption = "vision-tower",
     workers: WorkersOption = 2,
     as_json: JsonOption = False,
 ) -> None:
@@ -53,7 +58,7 @@ def study(
             from sp_fast.training.study.study import Study
 
         failures = conduct(
-            Study(task, parts, out, recipe, images), chosen(arm or [], headline), seeds, workers, console
+            Study(task, parts, out, recipe, images, tower), chosen(arm or [], headline), seeds, workers, console
         )
         if failures and not _has_results(out):
             return 1

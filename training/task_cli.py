@@ -57,7 +57,7 @@ def make_parts(
     seed: Annotated[int, typer.Option(help="Of everything in them.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Teach a small vision tower and a small language model, which a LLaVA-SP model for the spatial task begins with.
+    """Teach small vision towers and a small language model, which a LLaVA-SP model for the spatial task begins with.
 
     They are taught on scenes of their own, none of the task's, and without any projector; on a GPU where there is one.
     Exit code 0: done; 1: it could not be done; 130: interrupted. Nothing half-made is left.
@@ -78,8 +78,8 @@ def make_parts(
         if as_json:
             print(json.dumps(described))
         else:
-            for what, share in described["accuracy"].items():
-                print(f"{what}: {share:.1%} right")
+            for part, shares in described["accuracy"].items():
+                print(f"{part}: {', '.join(f'{what} {share:.1%}' for what, share in shares.items())} right")
             say(console, f"written: {out}")
         return 0
 

@@ -19,7 +19,9 @@ from sp_fast.training.settings import read_recipe
 from sp_fast.training.study.arms import ARMS, BASELINE
 from sp_fast.version import __version__
 
-LANGUAGE_MODEL, VISION_TOWER = "language-model", "vision-tower"
+LANGUAGE_MODEL = "language-model"
+#: Folders of parts: the tower of the study, and the one whose patches do not say where they lie.
+TOWERS = VISION_TOWER, BLIND_TOWER = "vision-tower", "blind-tower"
 HELD_OUT = "held_out.json"
 _DATA = {"pretrain": "captions.json", "finetune": "train.json"}
 _STATES = 3  # numbers of a checkpoint for each trained one: itself, and AdamW's two
@@ -41,10 +43,11 @@ class Study:
 
     Args:
         task: folder of ``make-task``.
-        parts: folder of ``make-parts``: ``language-model`` and ``vision-tower``.
+        parts: folder of ``make-parts``: ``language-model`` and the tower.
         out: the study's own.
         recipe: of ``<recipe>-pretrain`` and ``<recipe>-finetune``: shipped ones, or YAML files at that path.
         images: held-out ones whose questions are asked; None: all.
+        tower: of ``TOWERS``, its folder's name.
     """
 
     task: Path
@@ -52,6 +55,7 @@ class Study:
     out: Path
     recipe: str = "tiny"
     images: int | None = None
+    tower: str = VISION_TOWER
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: without the parts, whose files are open here."""
@@ -66,7 +70,7 @@ class Study:
         file = Path(f"{self.recipe}-{stage}.yaml")
         said = {
             "output": output, "data": self.task / _DATA[stage], "image_folder": self.task, "seed": seed,
-            "language_model": self.parts / LANGUAGE_MODEL, "vision_tower": self.parts / VISION_TOWER,
+            "language_model": self.parts / LANGUAGE_MODEL, "vision_tower": self.parts / self.tower,
         }  # fmt: skip
         return read_recipe(stage, str(file) if file.is_file() else f"{self.recipe}-{stage}", said | changes)
 
@@ -92,7 +96,7 @@ class Study:
         return self._assemble(BASELINE)
 
     def _assemble(self, projector: str | dict[str, Any]) -> Assembly:
-        return assemble(self.parts / LANGUAGE_MODEL, self.parts / VISION_TOWER, projector)
+        return assemble(self.parts / LANGUAGE_MODEL, self.parts / self.tower, projector)
 
     def run_folder(self, job: Job) -> Path:
         """Of a run that has not ended, ``runs/ARM-SEED``."""
@@ -134,7 +138,8 @@ class Study:
         arms = dict.fromkeys(job.arm for job in jobs)
         return {
             "version": __version__, "task": str(self.task.absolute()), "parts": str(self.parts.absolute()),
-            "recipe": self.recipe, "images": self.images, "seeds": sorted({job.seed for job in jobs}),
+            "recipe": self.recipe, "images": self.images, "tower": self.tower,
+            "seeds": sorted({job.seed for job in jobs}),
             "arms": {arm: {"table": ARMS[arm].table, "projector": self.config(arm).to_dict()} for arm in arms},
             "disk_bytes": self._disk(list(arms), workers), "fingerprint": self.fingerprint(),
         }  # fmt: skip
