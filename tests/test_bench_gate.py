@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("local_workers")
     "variant",
     [
         "crop-dfi",
-        "conv336_conv_49",
+        pytest.param("conv336_conv_49", marks=pytest.mark.campaign),
         "tfm336",
         pytest.param("pool-dfi", marks=pytest.mark.campaign),
         pytest.param("conv336_adptive_pooling_multifuse_q", marks=pytest.mark.campaign),
@@ -41,7 +41,7 @@ def test_every_stage_and_direction_passes_its_gate(variant):
     assert said[-1][1] == said[-1][2] == len(records)  # the bar ends full
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.campaign)])
 def test_half_precision_passes_its_gate(dtype):
     records, *_ = measure(
         cases_of(stages=("whole", "tail"), directions=("both",), dtypes=(dtype,), batches=(2,)), turns=1

@@ -184,6 +184,7 @@ class TestGate:
         monkeypatch.setitem(model_weights.MODELS, name, broken)
 
 
+@pytest.mark.campaign
 @pytest.mark.usefixtures("local_workers")
 def test_a_compiled_model_is_compiled_and_judged(monkeypatch, tmp_path):
     """With a compiler that gives Python back; what `generate` would not compile has no figure."""

@@ -274,7 +274,8 @@ def test_every_row_of_the_launch_table_is_compiled():
 
 
 @pytest.mark.parametrize(
-    "variant", ["crop", "conv336_adptive_pooling_multifuse_q", pytest.param("all", marks=pytest.mark.campaign)]
+    "variant",
+    ["crop", *(pytest.param(v, marks=pytest.mark.campaign) for v in ("conv336_adptive_pooling_multifuse_q", "all"))],
 )
 def test_other_variants_compile_too(variant):
     """The interpreter runs what the compiler refuses. Attention is the kernel whose branches differ by variant."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sp_fast import ReferenceSPProjector
@@ -211,6 +211,17 @@ def test_results_of_another_study_are_refused(copied):
         "results of another study: finetune learning_rate was 0.001 and is 0.002; held-out images was 1" in out.stderr
     )
     assert "Give another --out" in out.stderr
+
+
+def test_another_tower_is_another_study(copied):
+    blind = copied / "parts" / "blind-tower"
+    shutil.copytree(copied / "parts" / "vision-tower", blind)
+    weights = load_file(blind / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, blind / "model.safetensors", {"format": "pt"})
+    out = call(copied, *TWO, "--tower=blind-tower")
+    assert (out.exit_code, "results of another study: weights of the parts was" in out.stderr) == (1, True)
+    out = call(copied, *TWO, "--tower=vision-tower")
+    assert (out.exit_code, "0 of 2 runs to go" in out.stderr) == (0, True)
 
 
 def test_an_arm_that_has_changed_is_refused(copied, monkeypatch):

@@ -77,7 +77,7 @@ def test_questions_that_run_together_are_alike(model, folder, monkeypatch):
     lengths = [length for kind, (_, some) in zip(kinds, calls, strict=True) for length in some if kind == "presence"]
     assert len(lengths) == 4
     assert lengths == sorted(lengths, reverse=True)
-    assert seen == [(i, 14) for i in range(1, 15)]
+    assert seen == [(i, 16) for i in range(1, 17)]
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -178,7 +178,7 @@ def test_the_command(folder, oracle, tmp_path):
     assert out.exit_code == 0
     assert all(text in out.stdout for text in (*TYPES, "100.0%", "0.0%", "25.0%", "11.1%"))
     assert "cpu, float32 (auto: the files' own), attention" in out.stderr
-    assert (tmp_path / "a" / "b.jsonl").read_text() == "".join(before.splitlines(keepends=True)[:7])
+    assert (tmp_path / "a" / "b.jsonl").read_text() == "".join(before.splitlines(keepends=True)[:8])
     for place, message in ((tmp_path, "is a folder: name a file in it"), ("/dev/null/a", "cannot be written")):
         out = run(*words[:-1], place, "--force")
         assert out.exit_code == 1
