@@ -85,6 +85,13 @@ def test_the_figure_has_a_dot_a_seed(folder):
     assert (folder / "study.svg").read_bytes().count(b"<use") == first.count(b"<use") - 4  # a dot of each column
 
 
+def test_the_trade_off_is_of_the_type_that_tells_arms_apart(folder):
+    assert show(folder).exit_code == 0
+    drawn = (folder / "parameters.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in ("presence", "mean", "mlp", "crop", "sliding"))
+    assert not any(f"<!-- {name} -->" in drawn for name in ("position", "box"))
+
+
 @pytest.mark.parametrize(
     ("lines", "learnt", "apart"),
     [

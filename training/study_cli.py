@@ -46,9 +46,9 @@ def study(
 ) -> None:
     """Train every arm from every seed in both stages, ask each the held-out questions, and compare.
 
-    OUT has results.jsonl, a line a finished run, study.svg, and models/ARM of seed 0, for sp-fast generate. Exit code
-    0: all runs are there; 1: some failed, which are named, or nothing could be run; 130: interrupted, and the same
-    command goes on.
+    OUT has results.jsonl, a line a finished run, study.svg and parameters.svg, and models/ARM of seed 0, for sp-fast
+    generate. Exit code 0: all runs are there; 1: some failed, which are named, or nothing could be run; 130:
+    interrupted, and the same command goes on.
     """
 
     def command(console: Console) -> int:
@@ -112,7 +112,7 @@ def study_show(
     out: Annotated[Path, typer.Argument(help="Folder of a study, finished or not.")],
     format: Annotated[Literal["table", "md", "json"], typer.Option(help="How they are printed.")] = "table",
 ) -> None:
-    """Print a study's results, and draw study.svg again.
+    """Print a study's results, and draw study.svg and parameters.svg again.
 
     Exit code 0: done; 1: there are none yet.
     """
@@ -133,7 +133,7 @@ def _has_results(out: Path) -> bool:
 
 def _show(console: Console, out: Path, format: str) -> None:
     from sp_fast.training.study.conduct import RESULTS
-    from sp_fast.training.study.figure import FIGURE, draw
+    from sp_fast.training.study.figure import FIGURE, TRADE_OFF, draw, draw_trade_off
     from sp_fast.training.study.results import read_lines
     from sp_fast.training.study.show import markdown, print_study
     from sp_fast.training.study.summary import summarise
@@ -146,4 +146,5 @@ def _show(console: Console, out: Path, format: str) -> None:
     }
     printers[format]()
     draw(summary, out / FIGURE)
-    say(console, f"written: {out / FIGURE}")
+    draw_trade_off(summary, out / TRADE_OFF)
+    say(console, f"written: {out / FIGURE}, {out / TRADE_OFF}")

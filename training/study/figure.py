@@ -1,4 +1,5 @@
-"""A study's figure: the share of right answers by type, arm by arm, every seed a dot, beside what guessing has."""
+"""A study's figures: the share of right answers by type, arm by arm, every seed a dot, beside what guessing has; and
+against the parameters that it takes."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sp_fast.errors import TrainingError
-from sp_fast.training.study.summary import Summary
+from sp_fast.training.study.summary import MEAN, Summary
 
-FIGURE = "study.svg"
+FIGURE, TRADE_OFF = "study.svg", "parameters.svg"
 _ACROSS = 4
 
 
@@ -25,6 +26,31 @@ def draw(summary: Summary, path: Path) -> None:
         axis.set_axis_off()
     for axis, column in zip(axes, summary.columns, strict=False):
         _draw(axis, summary, column)
+    write_figure(figure, path)
+
+
+def draw_trade_off(summary: Summary, path: Path) -> None:
+    """Right answers against spatial parameters, mean and deviation over seeds: of the type that tells arms apart the
+    most, and over all. Raises TrainingError where it cannot be written."""
+    means = {kind: [row.spread(kind).mean for row in summary.rows] for kind in summary.columns if kind != MEAN}
+    telling = max(means, key=lambda kind: max(means[kind]) - min(means[kind]))
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axis, column in zip(figure.subplots(1, 2), (telling, MEAN), strict=True):
+        for row in summary.rows:
+            mean, deviation = (100 * (value or 0) for value in row.spread(column))
+            (dot, *_) = axis.errorbar(row.parameters["spatial"], mean, deviation, fmt="o", capsize=3, markersize=5)
+            at = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8, "color": dot.get_color()}
+            axis.annotate(row.arm, (row.parameters["spatial"], mean), **at)
+        axis.axhline(100 * summary.chance[column], color="0.4", linestyle="--", linewidth=0.9)
+        axis.set_xscale("symlog", linthresh=1000)
+        axis.set_xlim(left=-200)
+        axis.margins(x=0.2)
+        axis.set_title(column, fontsize=9)
+        axis.set_xlabel("spatial parameters", fontsize=8)
+        axis.set_ylabel("right, %", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
     write_figure(figure, path)
 
 
