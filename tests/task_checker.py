@@ -156,16 +156,14 @@ def count(text, things, size):
 
 
 def coloured(text, things, size):
-    """Of the two things that have pixels in the third that is named, the one whose shape is; they are unlike."""
+    """Of the three things that have pixels in the third that is named, the one whose shape is; they are unlike."""
     row, _, column = re.search(r"at the (top|bottom)?( ?)(left|right|centre)?", text).groups()
     rows = {"top": 0, "bottom": 2}.get(row, 1)
     columns = {"left": 0, "right": 2}.get(column, 1)
     inside = [
         t for t in things if any(int(3 * y // size) == rows and int(3 * x // size) == columns for y, x in t.pixels)
     ]
-    one, other = inside
-    assert one.colour != other.colour
-    assert one.shape != other.shape
+    assert len({t.colour for t in inside}) == len({t.shape for t in inside}) == len(inside) == 3
     assert {place_of(thing, size) for thing in inside} == {(ROWS[rows] + COLUMNS[columns]).strip() or "centre"}
     (found,) = [thing for thing in inside if thing.shape in text]
     return found

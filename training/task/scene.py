@@ -9,7 +9,8 @@ its answer, so that the words alone tell nothing:
   either (POPE's adversarial negatives);
 - position, relation, box: kinds that only one thing has;
 - side: the one that all things together lie towards;
-- colour: of a shape in a third of the image that has two things, of other shapes and colours, and no pixel of more.
+- colour: of a shape in a third of the image that has three small things, of different shapes and colours, and no pixel
+  of more.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class _Cast(NamedTuple):
 
     unique: tuple[Kind, ...]  # located, first, second, boxed
     coloured: Kind
-    beside: Kind  # the other thing in its third
+    beside: tuple[Kind, Kind]  # the others in its third
     counted: Kind
     asked: dict[str, Kind]
     others: list[Kind]
@@ -134,13 +135,16 @@ def _cast(rng: Random, goals: Mapping[str, str]) -> _Cast:
     coloured = rng.choice(fits)  # may be one of the counted: what is counted does not say what colour it has not
     to_count = [kind for kind in _KINDS if counted.covers(kind)]
     fillers = [kind for kind in free if kind not in unique]
-    beside = [kind for kind in fillers if kind.colour != coloured.colour and kind.shape != coloured.shape]
-    if not beside:
-        raise _Crowded
+    beside: list[Kind] = []
+    for _ in range(2):
+        unlike = [kind for kind in fillers if not any(set(kind) & set(other) for other in (coloured, *beside))]
+        if not unlike:
+            raise _Crowded
+        beside.append(rng.choice(unlike))
     others = [there]
     others += [rng.choice(to_count) for _ in range(int(goals["count"]) - counted.covers(coloured))]
     others += [rng.choice(fillers) for _ in range(rng.randint(0, _MOST_EXTRA))]
-    return _Cast(tuple(unique), coloured, rng.choice(beside), counted, asked, others)
+    return _Cast(tuple(unique), coloured, tuple(beside), counted, asked, others)
 
 
 def _resembled(kind: Kind, others: Sequence[Kind]) -> bool:
@@ -151,7 +155,7 @@ def _resembled(kind: Kind, others: Sequence[Kind]) -> bool:
 def _place(rng: Random, cast: _Cast, goals: Mapping[str, str], size: int) -> Scene:
     board = _Board(rng, size)
     place = rng.choice([place for place in PLACES if place != goals["position"]])
-    coloured, _ = (board.put(kind, place=place) for kind in (cast.coloured, cast.beside))
+    coloured, *_ = [board.put(kind, place=place, small=True) for kind in (cast.coloured, *cast.beside)]
     board.keep_free(place)
     located = board.put(cast.unique[0], place=goals["position"])
     first = board.put(cast.unique[1])
@@ -174,10 +178,16 @@ class _Board:
         """Nothing more reaches into this third."""
         self._free = place
 
-    def put(self, kind: Kind, fits: Callable[[Box], bool] = lambda box: True, place: str | None = None) -> Thing:
-        """A thing of any extent where it fits, with its centre inside of a third, if one is named. Raises _Crowded
-        where no place is found."""
-        least, most = self._rng.choices(_EXTENTS, _OF_TEN)[0]
+    def put(
+        self,
+        kind: Kind,
+        fits: Callable[[Box], bool] = lambda box: True,
+        place: str | None = None,
+        small: bool = False,
+    ) -> Thing:
+        """A thing of any extent, or a small one, where it fits, with its centre inside of a third, if one is named.
+        Raises _Crowded where no place is found."""
+        least, most = _EXTENTS[0] if small else self._rng.choices(_EXTENTS, _OF_TEN)[0]
         extent = self._rng.randint(round(least * self._size), round(most * self._size))
         last = self._size - extent - 1  # a pixel of background stays around everything
         across, down = (1, last), (1, last)
