@@ -14,6 +14,7 @@ from sp_fast.training.study.summary import MEAN, Summary
 
 FIGURE, TRADE_OFF = "study.svg", "parameters.svg"
 _ACROSS = 4
+_FEW = 10_000  # spatial parameters up to which the scale is linear, since mlp has none
 
 
 def draw(summary: Summary, path: Path) -> None:
@@ -42,9 +43,8 @@ def draw_trade_off(summary: Summary, path: Path) -> None:
             at = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8, "color": dot.get_color()}
             axis.annotate(row.arm, (row.parameters["spatial"], mean), **at)
         axis.axhline(100 * summary.chance[column], color="0.4", linestyle="--", linewidth=0.9)
-        axis.set_xscale("symlog", linthresh=1000)
-        axis.set_xlim(left=-200)
-        axis.margins(x=0.2)
+        axis.set_xscale("symlog", linthresh=_FEW, linscale=0.3)
+        axis.set_xlim(-_FEW / 2, _FEW + 8 * max(row.parameters["spatial"] for row in summary.rows))
         axis.set_title(column, fontsize=9)
         axis.set_xlabel("spatial parameters", fontsize=8)
         axis.set_ylabel("right, %", fontsize=8)
