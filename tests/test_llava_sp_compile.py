@@ -50,7 +50,7 @@ def requests(model):
     [
         pytest.param(tiny.model_of, "llama", "clip", "eager", marks=pytest.mark.campaign),
         (small, "qwen2", "siglip", "aot_eager"),
-        (small, "mistral", "clip", "eager"),
+        pytest.param(small, "mistral", "clip", "eager", marks=pytest.mark.campaign),
     ],
 )
 def test_the_same_tokens_from_one_graph_a_region_and_bucket(make, text, tower, backend):

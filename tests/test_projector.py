@@ -54,10 +54,16 @@ def test_float64_equals_the_reference_in_forms_of_ones_own(form):
     torch.testing.assert_close(projector.intermediates(x), reference_of(projector).intermediates(x))
 
 
-# Every variant in float32, the main ones in every type; the campaign has all.
-DAILY = ("conv336_cropping_sfe_dfi", "conv336_adptive_pooling_fuse_49")
+# One in every type, others in float32; the campaign has all.
+DAILY = ("conv336_adptive_pooling_fuse_49",)
+IN_FLOAT32 = ("conv336_cropping_sfe_dfi", "conv336_adptive_pooling_multifuse_q", "tfm336", "sliding-dfi")
 JUDGED = [
-    pytest.param(v, d, id=f"{v}-{d}", marks=[] if d == torch.float32 or v in DAILY else [pytest.mark.campaign])
+    pytest.param(
+        v,
+        d,
+        id=f"{v}-{d}",
+        marks=[] if v in DAILY or (d == torch.float32 and v in IN_FLOAT32) else [pytest.mark.campaign],
+    )
     for v in ALL_VARIANTS
     for d in DTYPES
 ]
@@ -73,7 +79,10 @@ def test_accuracy_rule(variant, dtype):
         assert comparison.passed, comparison
 
 
-@pytest.mark.parametrize("variant", ["crop-dfi", "pool-dfi", "sliding", "conv336_crop_multifuse_q", "mlp"])
+@pytest.mark.parametrize(
+    "variant",
+    ["crop-dfi", "pool-dfi", "sliding", pytest.param("conv336_crop_multifuse_q", marks=pytest.mark.campaign), "mlp"],
+)
 def test_gradcheck(variant):
     widths = {"vision_width": 2, "spatial_width": 2, "text_width": 3}
     sizes = {} if variant in ("sliding", "mlp") else {"kernel_sizes": (1, 3, 4), "map_size": 4}
@@ -90,9 +99,9 @@ def test_gradcheck(variant):
     assert torch.autograd.gradcheck(run, (x, *values))
 
 
-# Transformer blocks are torch's own and take 10 s each to trace; several details take five.
-SLOW_TO_TRACE = [v for v in ALL_VARIANTS if v.startswith("tfm") or "multifuse" in v]
-TRACED = [pytest.param(v, marks=[pytest.mark.campaign] if v in SLOW_TO_TRACE else []) for v in ALL_VARIANTS]
+# Tracing takes seconds: a crop, a pool and windows that slide daily, all in the campaign.
+QUICK_TO_TRACE = ("conv336_24", "conv336_adptive_pooling_fuse_49", "sliding")
+TRACED = [pytest.param(v, marks=[] if v in QUICK_TO_TRACE else [pytest.mark.campaign]) for v in ALL_VARIANTS]
 
 
 @pytest.mark.parametrize("variant", TRACED)
