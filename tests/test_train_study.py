@@ -127,7 +127,7 @@ def test_every_run_has_its_line(study):
     lines = read_lines(folder / "out" / "results.jsonl")
     assert [Job(line["arm"], line["seed"]) for line in lines] == JOBS
     for line in lines:
-        assert [one["n"] for one in line["types"].values()] == [1] * 6
+        assert [one["n"] for one in line["types"].values()] == [1] * 7
         assert line["losses"]["finetune"]["step"] == [1, 2]
         assert len(set(line["losses"]["pretrain"]["loss"])) == 2
         assert all(seconds > 0 for seconds in line["seconds"].values())
@@ -147,6 +147,7 @@ def test_what_is_left_can_be_asked(study):
         "results.jsonl",
         "study.json",
         "study.svg",
+        "parameters.svg",
         "models",
         "runs",
         ".lock",
