@@ -42,15 +42,11 @@ def draw_trade_off(summary: Summary, path: Path) -> None:
             (dot, *_) = axis.errorbar(row.parameters["spatial"], mean, deviation, fmt="o", capsize=3, markersize=5)
             at = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8, "color": dot.get_color()}
             axis.annotate(row.arm, (row.parameters["spatial"], mean), **at)
-        axis.axhline(100 * summary.chance[column], color="0.4", linestyle="--", linewidth=0.9)
         axis.set_xscale("symlog", linthresh=_FEW, linscale=0.3)
         axis.set_xlim(-_FEW / 2, _FEW + 8 * max(row.parameters["spatial"] for row in summary.rows))
-        axis.set_title(column, fontsize=9)
         axis.set_xlabel("spatial parameters", fontsize=8)
-        axis.set_ylabel("right, %", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.3)
+        _finish(axis, summary, column)
     write_figure(figure, path)
 
 
@@ -70,11 +66,17 @@ def _draw(axis: Axes, summary: Summary, column: str) -> None:
         shares = [100 * share for share in row.shares[column]]
         axis.plot([place] * len(shares), shares, "o", color="C0", alpha=0.6, markersize=4)
         axis.hlines(100 * row.spread(column).mean, place - 0.3, place + 0.3, color="C3", linewidth=1.8)
-    axis.axhline(100 * summary.chance[column], color="0.4", linestyle="--", linewidth=0.9)
-    axis.set_title(column, fontsize=9)
     axis.set_ylim(0, 100)
     axis.set_xticks(range(len(summary.rows)), [row.arm for row in summary.rows], rotation=90)
-    axis.tick_params(labelsize=8, labelbottom=True)
+    axis.tick_params(labelbottom=True)
+    _finish(axis, summary, column)
+
+
+def _finish(axis: Axes, summary: Summary, column: str) -> None:
+    """What guessing has, and the rest that all axes share."""
+    axis.axhline(100 * summary.chance[column], color="0.4", linestyle="--", linewidth=0.9)
+    axis.set_title(column, fontsize=9)
     axis.set_ylabel("right, %", fontsize=8)
+    axis.tick_params(labelsize=8)
     axis.grid(axis="y", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

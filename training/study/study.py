@@ -17,11 +17,9 @@ from sp_fast.training.parts import read_parts
 from sp_fast.training.recipe import STAGES, Recipe
 from sp_fast.training.settings import read_recipe
 from sp_fast.training.study.arms import ARMS, BASELINE
+from sp_fast.training.task.parts import LANGUAGE, TOWER
 from sp_fast.version import __version__
 
-LANGUAGE_MODEL = "language-model"
-#: Folders of parts: the tower of the study, and the one whose patches do not say where they lie.
-TOWERS = VISION_TOWER, BLIND_TOWER = "vision-tower", "blind-tower"
 HELD_OUT = "held_out.json"
 _DATA = {"pretrain": "captions.json", "finetune": "train.json"}
 _STATES = 3  # numbers of a checkpoint for each trained one: itself, and AdamW's two
@@ -47,7 +45,7 @@ class Study:
         out: the study's own.
         recipe: of ``<recipe>-pretrain`` and ``<recipe>-finetune``: shipped ones, or YAML files at that path.
         images: held-out ones whose questions are asked; None: all.
-        tower: of ``TOWERS``, its folder's name.
+        tower: its folder's name in ``parts``.
     """
 
     task: Path
@@ -55,7 +53,7 @@ class Study:
     out: Path
     recipe: str = "tiny"
     images: int | None = None
-    tower: str = VISION_TOWER
+    tower: str = TOWER
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: without the parts, whose files are open here."""
@@ -70,7 +68,7 @@ class Study:
         file = Path(f"{self.recipe}-{stage}.yaml")
         said = {
             "output": output, "data": self.task / _DATA[stage], "image_folder": self.task, "seed": seed,
-            "language_model": self.parts / LANGUAGE_MODEL, "vision_tower": self.parts / self.tower,
+            "language_model": self.parts / LANGUAGE, "vision_tower": self.parts / self.tower,
         }  # fmt: skip
         return read_recipe(stage, str(file) if file.is_file() else f"{self.recipe}-{stage}", said | changes)
 
@@ -96,7 +94,7 @@ class Study:
         return self._assemble(BASELINE)
 
     def _assemble(self, projector: str | dict[str, Any]) -> Assembly:
-        return assemble(self.parts / LANGUAGE_MODEL, self.parts / self.tower, projector)
+        return assemble(self.parts / LANGUAGE, self.parts / self.tower, projector)
 
     def run_folder(self, job: Job) -> Path:
         """Of a run that has not ended, ``runs/ARM-SEED``."""

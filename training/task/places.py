@@ -47,12 +47,7 @@ def side_of(box: Box, other: Box) -> str | None:
     """On which side of another box a box is; None where it could be called another side too. Both are squares that
     have nothing in common: what is far enough along an axis is then beyond the other's edge."""
     (x, y), (other_x, other_y) = _centre(box), _centre(other)
-    across, down = x - other_x, y - other_y
-    if abs(across) >= _STEEPNESS * abs(down):
-        return "left" if across < 0 else "right"
-    if abs(down) >= _STEEPNESS * abs(across):
-        return "above" if down < 0 else "below"
-    return None
+    return _direction(x - other_x, y - other_y)
 
 
 def fullest_side(boxes: Iterable[Box], size: int) -> str | None:
@@ -62,10 +57,19 @@ def fullest_side(boxes: Iterable[Box], size: int) -> str | None:
         ((right - left) * (bottom - top), _centre((left, top, right, bottom))) for left, top, right, bottom in boxes
     ]
     total = sum(weight for weight, _ in weighed)
-    x, y = (sum(weight * centre[axis] for weight, centre in weighed) / total for axis in (0, 1))
-    if max(abs(x - size / 2), abs(y - size / 2)) < _LEANING * size:
+    across, down = (sum(weight * centre[axis] for weight, centre in weighed) / total - size / 2 for axis in (0, 1))
+    if max(abs(across), abs(down)) < _LEANING * size:
         return None
-    return _SIDES.get(side_of((x, y, x, y), (0, 0, size, size)))
+    return _SIDES.get(_direction(across, down))
+
+
+def _direction(across: float, down: float) -> str | None:
+    """Where so many pixels lead; None where it could be called another way too."""
+    if abs(across) >= _STEEPNESS * abs(down):
+        return "left" if across < 0 else "right"
+    if abs(down) >= _STEEPNESS * abs(across):
+        return "above" if down < 0 else "below"
+    return None
 
 
 def _centre(box: Box) -> tuple[float, float]:
