@@ -11,6 +11,7 @@ Steps that are accumulated are factors laid one after the other, and clipping sc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from sp_fast.errors import TrainingError
 from sp_fast.extractors import WindowedExtractor
 from sp_fast.kernels.window import Window, encode_windows
 from sp_fast.kernels.windowed_matmul import windowed_matmul_dweight
+from sp_fast.training.gradient_norm import gradient_norm
 
 BUFFER_BYTES = 4 * 2**20  # of dW at a time: what a core's share of the last-level cache holds
 
@@ -103,9 +105,7 @@ class FactoredAdamW(AdamW):
         """torch's ``clip_grad_norm_`` over all parameters of the optimizer, the packed weights included, whose products
         are then computed once more. Returns the norm before."""
         dense = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        parts = [torch.linalg.vector_norm(gradient) for gradient in dense]
-        parts += [torch.linalg.vector_norm(gradient) for *_, gradient in self._chunks()]
-        total = torch.linalg.vector_norm(torch.stack([part.double() for part in parts]))
+        total = gradient_norm(itertools.chain(dense, (gradient for *_, gradient in self._chunks())))
         share = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for gradient in dense:
             gradient.mul_(share.to(gradient.dtype))

@@ -4,7 +4,7 @@ on with, a stop where numbers are no longer finite."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from sp_fast.errors import TrainingError
 from sp_fast.training.checkpoints import AtomicCheckpoints
+from sp_fast.training.gradient_norm import gradient_norm
 from sp_fast.training.meter import Meter
 from sp_fast.training.record import add_left_out
 from sp_fast.training.stage import parameter_groups, trained
@@ -108,7 +108,10 @@ class SpTrainer(AtomicCheckpoints, Trainer):
         """Of all, and in ``gradient_norms`` of each part."""
         if self.is_deepspeed_enabled:
             return super()._get_grad_norm(model, super()._clip_grad_norm(model))
-        self.gradient_norms = {part: _norm(some.values()) for part, some in trained(model).items()}
+        self.gradient_norms = {
+            part: gradient_norm(p.grad for p in some.values() if p.grad is not None)
+            for part, some in trained(model).items()
+        }
         return torch.stack(list(self.gradient_norms.values())).norm()
 
     def check_step(self) -> None:
@@ -152,8 +155,3 @@ class _Guard(TrainerCallback):
 
 def _with_gradients(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.grad is not None]
-
-
-def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
