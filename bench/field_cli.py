@@ -27,8 +27,8 @@ def projectors(
         list[str] | None,
         typer.Option(
             help="linear, llava-mlp, deco, c-abstractor, blip2-qformer, instructblip-qformer, qwen-resampler, ldpv2, "
-            "llava-sp (its official form), crop-dfi, pool-dfi, compact-5m, compact-50m, crop-dfi-int8, crop-dfi-fp8, "
-            "crop-dfi-int4. Default: all. Repeatable."
+            "llava-sp (its official form), crop-dfi, pool-dfi, compact-5m, compact-50m, depthwise, grouped, separable, "
+            "nested, crop-dfi-int8, crop-dfi-fp8, crop-dfi-int4. Default: all. Repeatable."
         ),
     ] = None,
     direction: Annotated[

@@ -16,6 +16,8 @@ from sp_fast.bench.cases import DIRECTIONS, DTYPES
 from sp_fast.bench.field_rows import FieldCase, Peer, Published, Spatial
 from sp_fast.bench.implementations import YARDSTICK
 from sp_fast.bench.plan import TINY, check_names
+from sp_fast.bench.shipped import COMPACT_VARIANTS
+from sp_fast.compact_config import COMPACT
 from sp_fast.config import QUANTIZATIONS
 from sp_fast.errors import ConfigError
 
@@ -69,6 +71,11 @@ PROJECTORS: dict[str, Peer | Spatial] = {
     "pool-dfi": Spatial("LLaVA-SP pool-dfi, sp_fast", "pool-dfi"),
     "compact-5m": Spatial("compact-5m, sp_fast", "compact-5m", **_OWN),
     "compact-50m": Spatial("compact-50m, sp_fast", "compact-50m", **_OWN),
+    **{
+        kind: Spatial(f"{kind}, sp_fast", "crop-dfi", settings={"extractor": kind, **settings}, **_OWN)
+        for kind, settings in COMPACT_VARIANTS.items()
+        if kind in COMPACT
+    },
     **{
         f"crop-dfi-{name}": Spatial(f"LLaVA-SP crop-dfi in {name}, sp_fast", "crop-dfi", quantization=name)
         for name in QUANTIZATIONS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,30 +88,47 @@ class ProjectorSubject:
         """What the case computes: outputs, and where it has a backward, gradients. A seeded sample of each tensor.
 
         Gradients come in the official layout and pooled by module, because some vanish identically (softmax is blind
-        to the key's bias): alone, such a tensor is rounding noise on both sides and has no relative error.
+        to the key's bias): alone, such a tensor is rounding noise on both sides and has no relative error. Where they
+        are few they are of as many inputs as the outputs: a depthwise kernel's repeat a few numbers in every cell.
         """
-        found = self._outputs(case)
+        found, inputs = self._outputs(case)
         if case.direction != "forward":
-            backward(self.forward(case)(), self._prepare(case)[2])
-            found |= gradients(self._implementation, self._job.seed)
-            wanted = (x for x in self.inputs(case) if x.grad is not None)
-            found |= {f"grad.in.{i}": self._sample(x.grad) for i, x in enumerate(wanted)}
-            self._free(case)
+            first = self._gradients(case, 0)
+            few = sum(map(len, first.values())) < SAMPLED
+            more = [self._gradients(case, offset) for offset in range(1, inputs if few else 1)]
+            found |= pooled([first, *more])
         return self._save(case.key, found)
 
-    def _outputs(self, case: Case) -> dict[str, Tensor]:
-        """Of enough inputs that the smallest has elements to judge by."""
+    def _outputs(self, case: Case) -> tuple[dict[str, Tensor], int]:
+        """Of enough inputs that the smallest has elements to judge by, and how many those are."""
         self._free(case)
         poison(self._device)
-        outputs = self.forward(case)()
-        found = {name: self._sample(tensor) for name, tensor in _named(case, outputs).items()}
-        for seed in range(1, seeds_for(found) if self._job.features is None else 1):
-            inputs, function, _ = self._prepare(case)
-            inputs = self._implementation.accept(case.inputs(self._job.seed + seed, self._device))
+        first = {name: self._sample(tensor) for name, tensor in _named(case, self.forward(case)()).items()}
+        count = seeds_for(first) if self._job.features is None else 1
+        found = [first]
+        for offset in range(1, count):
+            inputs, function = self._inputs(case, offset), self._prepare(case)[1]
             with torch.set_grad_enabled(case.direction != "forward"):
                 more = _named(case, function(*inputs))
-            found = {name: torch.cat([found[name], self._sample(more[name])]) for name in found}
+            found.append({name: self._sample(more[name]) for name in first})
+        return pooled(found), count
+
+    def _gradients(self, case: Case, offset: int) -> dict[str, Tensor]:
+        """Of one input. Gradients of inputs are named by place."""
+        inputs, (_, function, cotangents) = self._inputs(case, offset), self._prepare(case)
+        self._free(case)
+        backward(function(*inputs), cotangents)
+        found = gradients(self._implementation, self._job.seed)
+        wanted = (x for x in inputs if x.grad is not None)
+        found |= {f"grad.in.{i}": self._sample(x.grad) for i, x in enumerate(wanted)}
+        self._free(case)
         return found
+
+    def _inputs(self, case: Case, offset: int) -> tuple[Tensor, ...]:
+        """Those that are timed, or others."""
+        if offset == 0:
+            return self.inputs(case)
+        return self._implementation.accept(case.inputs(self._job.seed + offset, self._device))
 
     def intermediates(self, case: Case) -> str:
         """Everything that the forward computes, level by level."""
@@ -156,6 +173,15 @@ class ProjectorSubject:
         path = self._job.folder / f"{self._job.implementation}.{name}.safetensors"
         save_file(tensors, path)
         return str(path)
+
+
+def pooled(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of the same names, one after the other."""
+    parts: dict[str, list[Tensor]] = {}
+    for one in found:
+        for name, tensor in one.items():
+            parts.setdefault(name, []).append(tensor)
+    return {name: torch.cat(some) for name, some in parts.items()}
 
 
 def gradients(implementation: Implementation, seed: int) -> dict[str, Tensor]:

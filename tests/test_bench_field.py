@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sp_fast import SPProjector
-from sp_fast.bench import field_peers, field_projectors, field_subject
+from sp_fast.bench import field_peers, field_projectors, field_subject, subject
 from sp_fast.bench.execute import blank_record
 from sp_fast.bench.field_exact import Streamed
 from sp_fast.bench.field_projectors import PROJECTORS, field_cases
@@ -23,6 +23,7 @@ from sp_fast.errors import ConfigError
 from tests.bench_helpers import PEAKS, LocalWorker
 from tests.helpers import small
 
+KINDS = ("depthwise", "grouped", "separable", "nested")
 QUANTIZED = ("crop-dfi-int8", "crop-dfi-fp8", "crop-dfi-int4")
 PEERS = {name: row for name, row in PROJECTORS.items() if isinstance(row, Peer)}
 TINY = field_peers.Shape(24, 16, 64, 64)  # a Q-Former of 12 channels
@@ -63,12 +64,16 @@ def test_parameters_by_hand():
     former = 12 * layer + 6 * cross + 2 * q + 32 * q + (q + 1) * h
     words = (30_523 + 512) * q + 12 * ((q + 1) * 4 * q + (4 * q + 1) * q + 2 * q)
     resampler = c * h + 4 * (h + 1) * h + 256 * h + 2 * 2 * h
+    sides, cells, d, r = (4, 8, 12, 16, 20, 24, 16), 1456 + 256, 512, 64  # of all six kernels and the detail's
+    rest = 923_550_208 - cells * c * d  # patch MLP, attention, output
     expected = {
         "linear": (c + 1) * h, "llava-mlp": mlp, "deco": mlp, "ldpv2": mlp + 10 * h,
         "c-abstractor": 6 * block + 576 * c + mlp, "blip2-qformer": former, "instructblip-qformer": former + words,
         "qwen-resampler": resampler + 2 * h + h * h,
         "llava-sp": 923_550_208, "crop-dfi": 923_550_208, "pool-dfi": 923_546_112,
         "compact-5m": mlp + 4_462_848, "compact-50m": mlp + 47_112_704, **dict.fromkeys(QUANTIZED, 923_550_208),
+        "depthwise": rest + cells * c + len(sides) * c * d, "grouped": rest + cells * c * d // 8,
+        "separable": rest + sum(sides) * r * (c + d), "nested": rest + c * r + 24**2 * r * d,
     }  # fmt: skip
     assert {name: row.parameters(case_of(name)) for name, row in PROJECTORS.items()} == expected
     assert mlp == 20_979_712
@@ -76,7 +81,7 @@ def test_parameters_by_hand():
     assert tokens == {
         "linear": 576, "llava-mlp": 576, "deco": 144, "c-abstractor": 144, "blip2-qformer": 32, "instructblip-qformer": 32,
         "qwen-resampler": 256, "ldpv2": 144, "llava-sp": 582, "crop-dfi": 582, "pool-dfi": 582,
-        "compact-5m": 582, "compact-50m": 582, **dict.fromkeys(QUANTIZED, 582),
+        "compact-5m": 582, "compact-50m": 582, **dict.fromkeys((*QUANTIZED, *KINDS), 582),
     }  # fmt: skip
     for name in expected.keys() - set(QUANTIZED):
         row = PROJECTORS[name]
@@ -243,6 +248,15 @@ def judged(name, direction="forward", dtype="float32"):
     return record
 
 
+def grouped_convolutions_are_right():
+    """torch's, in bfloat16, of 8 channels a group: oneDNN's are off by as much as they compute on some CPUs. With the
+    128 of the published widths they are right."""
+    x, weight = torch.randn(1, 64, 24, 24), torch.randn(32, 8, 16, 16)
+    found = F.conv2d(x.bfloat16(), weight.bfloat16(), stride=2, groups=8)
+    exact = F.conv2d(x.bfloat16().double(), weight.bfloat16().double(), stride=2, groups=8)
+    return bool((found - exact).norm() < 0.1 * exact.norm())
+
+
 LONG = ("instructblip-qformer", "pool-dfi")  # as blip2-qformer and crop-dfi
 
 
@@ -251,7 +265,9 @@ class TestGate:
     @pytest.mark.parametrize(
         "name", [pytest.param(name, marks=pytest.mark.campaign if name in LONG else []) for name in PROJECTORS]
     )
-    def test_every_projector_and_its_gradients_pass(self, name):
+    def test_every_projector_and_its_gradients_pass(self, monkeypatch, name):
+        if name == "depthwise":  # whose gradients repeat a few numbers in every cell
+            monkeypatch.setattr(subject, "seeds_for", lambda _: subject.MOST_SEEDS)
         found = judged(name, "forward" if name in QUANTIZED else "both")
         assert found.withheld is None
         assert 0 < found.error < 1e-4
@@ -262,7 +278,12 @@ class TestGate:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     @pytest.mark.parametrize("name", PROJECTORS)
     def test_half_precision_passes(self, name, dtype):
-        assert judged(name, "forward" if name in QUANTIZED else "both", dtype).withheld is None
+        withheld = judged(name, "forward" if name in QUANTIZED else "both", dtype).withheld
+        if (name, dtype) == ("grouped", "bfloat16") and not grouped_convolutions_are_right():
+            assert "the official form" in withheld
+            assert "it judges nothing" in withheld
+        else:
+            assert withheld is None
 
     @pytest.mark.parametrize("name", ["llava-mlp", "crop-dfi", "llava-sp"])
     def test_a_wrong_projector_is_withheld_and_named(self, monkeypatch, name):
