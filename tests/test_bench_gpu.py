@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sp_fast.bench import environment, gpu_jobs, model_subject, share_plugin, timing, worker
+from sp_fast.bench import environment, gpu_jobs, model_subject, share_plugin, worker
 from sp_fast.bench.cases import STAGES
 from sp_fast.bench.execute import blank_record
 from sp_fast.bench.gpu import CAMPAIGN, PARTS, SHARE_VARIABLE, Checks, Estimate, Part, Setting, Tuning
@@ -41,9 +41,8 @@ def call_of(setting, seconds=3600.0, found=FOUND, **options):
 
 @pytest.fixture
 def local(monkeypatch, local_workers):
-    """No processes, no peaks to wait for, a small cache to flush, eager everything."""
+    """No processes, no peaks to wait for, eager everything."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    monkeypatch.setattr(timing, "_LLC", Path("nowhere"))
     monkeypatch.setattr(model_subject, "seeds_for", lambda _: 2)
     rates = dict.fromkeys(("float32", "bfloat16", "float16"), 0.1)
     monkeypatch.setattr(worker, "measure_peaks", lambda *_: Peaks(20.0, 22.0, rates))

@@ -70,10 +70,12 @@ def test_the_cache_is_flushed_right_before_each_run(monkeypatch):
     run = Run(lambda: order.append(timer._flush[0].item()), before=lambda: order.append("before"))
     timer.time("x", run, seconds=10.0, most=3)
     assert order == ["before", 1, "before", 2, "before", 3]
-    cache = timing._LLC.read_text().strip() if timing._LLC.is_file() else "32768K"
-    assert timer._flush.numel() >= 2 * int(cache.rstrip("K")) * 2**10
+    assert timer._flush.numel() == 2 * int(timing._LLC.read_text().strip().rstrip("K")) * 2**10
     timer.release()
     assert timer._flush is None
+    monkeypatch.setattr(timing, "_LLC", Path("nowhere"))
+    timer.time("x", Run(busy(0.1)), seconds=0.0, most=1)
+    assert timer._flush.numel() == 2 * 32 * 2**20
     assert timer.capture("x", run) is False
 
 
