@@ -277,7 +277,9 @@ def _poison_masked_lanes() -> None:
         # Index arithmetic on lanes that are dropped later must not overflow, so poison stays poison in it.
         result = original(self, lhs, rhs, operation)
         if operation in (np.add, np.subtract, np.multiply) and result.dtype.scalar == tl.int32:
-            result.data[np.broadcast_to(_poisoned(lhs, rhs), result.data.shape)] = INT32_POISON
+            poisoned = _poisoned(lhs, rhs)
+            if poisoned.any():
+                result.data[np.broadcast_to(poisoned, result.data.shape)] = INT32_POISON
         return result
 
 
@@ -293,7 +295,9 @@ def _check_overflow(semantic: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, op
         return
     # In numpy, not by the interpreter's own int64 operations: a third of all its time.
     exact = _EXACTLY[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
-    overflowing = (exact != exact.astype(np.int32)) & ~_poisoned(lhs.handle, rhs.handle)
+    overflowing = exact != exact.astype(np.int32)
+    if overflowing.any():
+        overflowing &= ~_poisoned(lhs.handle, rhs.handle)
     if overflowing.any():
         lanes = f"{overflowing.sum()} lanes of program {interpreter.interpreter_builder.grid_idx}"
         raise SanitizerError(f"int32 overflow in {operation.__name__}: {lanes}, such as {exact[overflowing][0]}")
