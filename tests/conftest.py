@@ -12,6 +12,12 @@ torch.set_num_threads(1)  # two test processes share two cores, and waiting thre
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
+def pytest_collection_finish():
+    """What the imports made stays, and no later collection of garbage looks through it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ from tests.helpers import ALL_VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 KEEPS_HINTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+FEWER = shipped.QUANTIZED_BATCHES  # of each bucket what is a multiple of 16 and what is none, in place of 256 batches
 configured = functools.cache(lambda chip, dtype: configurations([str(chip)], [dtype]))
 
 
@@ -37,6 +38,7 @@ configured = functools.cache(lambda chip, dtype: configurations([str(chip)], [dt
 def _no_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setattr(shipped, "BATCHES", FEWER)
         yield
 
 
@@ -52,18 +54,20 @@ def planted(configuration, constants=(), **fields):
     return replace(configuration, source=replace(source, constants=tuple({**dict(source.constants), **dict(constants)}.items()), **fields))  # fmt: skip
 
 
-@functools.cache
+judged_once = functools.cache(judge)
+
+
 def judged(chip, batch, dtype="bfloat16"):
-    return judge(shipped_for(chip, batch, dtype))
+    return judged_once(shipped_for(chip, batch, dtype))
 
 
 @pytest.mark.parametrize(
     ("chip", "batch", "dtype", "product"),
     [
         (80, 1, "bfloat16", "HMMA"),
-        (86, 1, "bfloat16", "HMMA"),
+        pytest.param(86, 1, "bfloat16", "HMMA", marks=pytest.mark.campaign),
         (90, 1, "bfloat16", "HGMMA"),
-        (90, 8, "bfloat16", "HGMMA"),
+        pytest.param(90, 8, "bfloat16", "HGMMA", marks=pytest.mark.campaign),
         (100, 1, "bfloat16", "UTCHMMA"),
         (80, 1, "float32", "FFMA"),
     ],
@@ -152,7 +156,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("changes", "sentence"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_named(changes, sentence):
-    found = judge(planted(shipped_for(90, 1), **changes))
+    found = judged_once(planted(shipped_for(90, 1), **changes))
     assert any(sentence in breach for breach in found.breaches), found.breaches
 
 
@@ -254,8 +258,12 @@ def test_blocks_of_a_multiprocessor(chip, registers, shared, threads, columns, b
     assert blocks_per_multiprocessor(CHIPS[chip], registers, shared, threads, columns) == blocks
 
 
-def test_every_row_of_the_launch_table_is_compiled():
+@pytest.mark.parametrize(
+    "batches", [FEWER, pytest.param(shipped.BATCHES, marks=pytest.mark.campaign)], ids=["some", "all"]
+)
+def test_every_row_of_the_launch_table_is_compiled(monkeypatch, batches):
     """For both variants, and for every kernel; other ways to compile in a bucket are configurations of their own."""
+    monkeypatch.setattr(shipped, "BATCHES", batches)
     found = configurations()
     files = [path for path in ROOT.glob("kernels/*_triton.py") if "_kernel(" in path.read_text()]
     modules = {f"sp_fast.kernels.{path.stem}" for path in files}
@@ -402,7 +410,7 @@ def test_nothing_is_compiled_in_the_interpreter(monkeypatch):
 
 
 def test_json_has_what_does_not_compile():
-    found = judge(planted(shipped_for(90, 1), {"BLOCK_D": 96}))
+    found = judged_once(planted(shipped_for(90, 1), {"BLOCK_D": 96}))
     (values,) = json.loads(to_json([found], {}))["configurations"]
     assert "registers" not in values
     assert len(values["breaches"]) == 1

@@ -80,8 +80,13 @@ def test_float64_equals_the_reference_and_the_full_form(kind, form):
         check(f"through dense_weights {name}", dense, ours)
 
 
+# Every kind in float32, one in bfloat16; the campaign has all.
 JUDGED = [
-    pytest.param(kind, dtype, marks=pytest.mark.campaign if dtype == torch.float16 else ())
+    pytest.param(
+        kind,
+        dtype,
+        marks=() if dtype == torch.float32 or (kind, dtype) == ("nested", torch.bfloat16) else pytest.mark.campaign,
+    )
     for kind in KINDS
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 ]

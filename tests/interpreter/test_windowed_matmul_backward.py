@@ -20,6 +20,7 @@ from tests.interpreter.test_windowed_matmul_triton import CHIPS_TRIED, DTYPES, W
 from tests.test_windowed_matmul import LAYOUTS, by_convolution, problem
 
 TINY = SPProjectorConfig("crop", (2, 4), detail_kernel=3, detail_stride=1, grid=5, vision_width=6, spatial_width=5)
+TINIEST = replace(TINY, kernel_sizes=(2,), detail_kernel=2, grid=3, vision_width=3, spatial_width=2)
 
 
 def gradients(function, rows, weights, cotangent):
@@ -50,9 +51,18 @@ def agree(rows, weights, windows, seed=0):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=scale * torch.finfo(rows.dtype).eps ** 0.5)
 
 
+DAILY = [("sm_80", torch.float32), ("sm_90", torch.bfloat16)]
+
+
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chip", CHIPS_TRIED)
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [
+        pytest.param(*case, marks=() if case in DAILY else pytest.mark.campaign)
+        for case in itertools.product(CHIPS_TRIED, DTYPES)
+    ],
+    ids=str,
+)
 def test_accuracy_beside_plain_torch(chip, dtype):
     """At most 1.5 times torch's own error in the same type and one ulp."""
     rows, weights, windows = problem(WIDER["crop+detail"], 8, dtype)
@@ -79,7 +89,10 @@ def test_every_batch_bucket(batch):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("width", "depth"), [(16, 24), (17, 130), (100, 40), (130, 16)])
+@pytest.mark.parametrize(
+    ("width", "depth"),
+    [(17, 130), (130, 16), *(pytest.param(*w, marks=pytest.mark.campaign) for w in ((16, 24), (100, 40)))],
+)
 def test_widths_that_tiles_do_not_divide(width, depth):
     config = SPProjectorConfig("crop", (2, 5), detail_kernel=3, grid=6, vision_width=width, spatial_width=depth)
     for dtype, chip in ((torch.float32, 80), (torch.float16, 90)):
@@ -99,12 +112,16 @@ def test_layouts_of_rows_and_of_the_upstream_gradient(layout):
     torch.testing.assert_close(found, expected)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_random_configurations_and_shapes(data):
-    found = drawn_problem(data.draw)
-    with pretend(CHIPS[data.draw(st.sampled_from(sorted(CHIPS)))]):
-        agree(*found)
+@pytest.mark.parametrize("examples", [3, pytest.param(30, marks=pytest.mark.campaign)])
+def test_random_configurations_and_shapes(examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def check(data):
+        found = drawn_problem(data.draw)
+        with pretend(CHIPS[data.draw(st.sampled_from(sorted(CHIPS)))]):
+            agree(*found)
+
+    check()
 
 
 @pytest.mark.parametrize("asked", list(itertools.product([False, True], repeat=3)))
@@ -211,8 +228,8 @@ def test_weights_beyond_two_billion_elements(tmp_path):
 
 
 def test_opcheck_of_the_gradients():
-    rows, weights, windows = problem(TINY, 2, torch.float32)
-    encoded, grad = encode_windows(windows), cotangent_of(windows, 2, 5, torch.float32)
+    rows, weights, windows = problem(TINIEST, 2, torch.float32)
+    encoded, grad = encode_windows(windows), cotangent_of(windows, 2, 2, torch.float32)
     for cells in ([len(w) for w in weights], [0, len(weights[1])]):
         arguments = (grad, rows, cells, encoded, "triton")
         torch.library.opcheck(torch.ops.sp_fast.windowed_matmul_dweight.default, arguments)

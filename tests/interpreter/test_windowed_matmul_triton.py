@@ -35,10 +35,23 @@ def agrees(found, rows, weights, windows):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=scale * torch.finfo(rows.dtype).eps ** 0.5)
 
 
+# Every type, chip and pyramid once; the campaign has all.
+DAILY = [
+    ("crop+detail", "sm_80", torch.float32),
+    ("crop+detail", "sm_90", torch.bfloat16),
+    ("pool+details", "sm_90", torch.float16),
+]
+
+
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chip", CHIPS_TRIED)
-@pytest.mark.parametrize("name", ["crop+detail", "pool+details"])
+@pytest.mark.parametrize(
+    ("name", "chip", "dtype"),
+    [
+        pytest.param(*case, marks=() if case in DAILY else pytest.mark.campaign)
+        for case in itertools.product(["crop+detail", "pool+details"], CHIPS_TRIED, DTYPES)
+    ],
+    ids=str,
+)
 def test_accuracy_beside_plain_torch(name, chip, dtype):
     """At most 1.5 times torch's own error in the same type and one ulp, pooled to 10,000 elements."""
     pools = ([], [], [])
@@ -56,7 +69,9 @@ def test_accuracy_beside_plain_torch(name, chip, dtype):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("batch", [0, 1, 2, 5, 9, 17, 33, 65, 70])
+@pytest.mark.parametrize(
+    "batch", [0, 1, 5, 33, 65, *(pytest.param(batch, marks=pytest.mark.campaign) for batch in (2, 9, 17, 70))]
+)
 def test_every_batch_bucket(batch):
     """Beyond 64 images splits are longer; the launch choice changes at every power of two."""
     rows, weights, windows = problem(CONFIGS["sliding"], batch, torch.float32)
@@ -66,7 +81,14 @@ def test_every_batch_bucket(batch):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("width", "depth"), [(16, 24), (17, 40), (17, 200), (64, 16), (100, 40), (130, 24), (130, 200)]
+    ("width", "depth"),
+    [
+        (16, 24),
+        (17, 40),
+        (100, 40),
+        (130, 200),
+        *(pytest.param(*widths, marks=pytest.mark.campaign) for widths in ((17, 200), (64, 16), (130, 24))),
+    ],
 )
 def test_widths_that_tiles_do_not_divide(width, depth):
     config = SPProjectorConfig("crop", (2, 5), detail_kernel=3, grid=6, vision_width=width, spatial_width=depth)
@@ -84,16 +106,17 @@ def test_tiles_are_schedule_only():
 
 
 STEPS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (3, 2, 1), (1, 3, 2))
+ORDERS = tuple(itertools.permutations(range(3)))
+LAID_OUT = [
+    *((order, step, (0, 1, 16)) for order, step in zip(ORDERS, STEPS, strict=True)),
+    *(pytest.param(*pair, range(18), marks=pytest.mark.campaign) for pair in itertools.product(ORDERS, STEPS)),
+]
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
-@pytest.mark.parametrize("step", STEPS, ids=str)
-@pytest.mark.parametrize(
-    "offsets", [(0, 1, 16), pytest.param(range(18), marks=pytest.mark.campaign)], ids=["some", "all"]
-)
+@pytest.mark.parametrize(("order", "step", "offsets"), LAID_OUT, ids=str)
 def test_strided_and_offset_rows(order, step, offsets):
-    """Every order of dimensions in memory, gaps between elements, and eighteen offsets: 648 layouts in all, 108 daily."""
+    """Every order of dimensions in memory, gaps between elements, and eighteen offsets: 648 layouts in all, 18 daily."""
     rows, weights, windows = problem(CONFIGS["detail only"], 2, torch.float32)
     expected = windowed_matmul_torch(rows, weights, windows)
     sizes = [rows.shape[d] * step[d] for d in order]
@@ -127,12 +150,16 @@ def drawn_problem(draw):
     return problem(config, draw(st.integers(1, 5)), dtype, draw(st.integers(0, 99)))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_random_configurations_and_shapes(data):
-    rows, weights, windows = drawn_problem(data.draw)
-    with pretend(CHIPS[data.draw(st.sampled_from(sorted(CHIPS)))]):
-        agrees(windowed_matmul_triton(rows, weights, windows), rows, weights, windows)
+@pytest.mark.parametrize("examples", [10, pytest.param(100, marks=pytest.mark.campaign)])
+def test_random_configurations_and_shapes(examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def check(data):
+        rows, weights, windows = drawn_problem(data.draw)
+        with pretend(CHIPS[data.draw(st.sampled_from(sorted(CHIPS)))]):
+            agrees(windowed_matmul_triton(rows, weights, windows), rows, weights, windows)
+
+    check()
 
 
 def sparse(elements, tmp_path, dtype=torch.float16):
