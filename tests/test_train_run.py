@@ -234,7 +234,7 @@ def test_a_batch_of_text_alone_gives_the_projector_zeros(folder):
     assert any(gradient.count_nonzero() for gradient in seen.values())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.campaign), 2])
 def test_an_interrupted_run_goes_on_bit_for_bit(folder, workers):
     """In the middle of the second epoch, with dropout and accumulated gradients."""
     tiny_training.data(folder / "data", 8, text_only=(1, 2))

@@ -236,7 +236,7 @@ def test_double_backward_is_refused():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.campaign)], ids=str)
 def test_autocast(dtype):
     projector = build()
     x = features_for(projector.config)

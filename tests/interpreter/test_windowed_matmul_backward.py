@@ -16,11 +16,10 @@ from sp_fast.kernels.tiles import outer_tiles
 from sp_fast.kernels.window import Window, encode_windows
 from sp_fast.kernels.windowed_matmul import windowed_matmul, windowed_matmul_dweight
 from sp_fast.kernels.windowed_matmul_dweight_triton import windowed_matmul_dweight_triton
-from tests.interpreter.test_windowed_matmul_triton import CHIPS_TRIED, DTYPES, WIDER, drawn_problem, sparse
+from tests.interpreter.test_windowed_matmul_triton import CHIPS_TRIED, DTYPES, TINIEST, WIDER, drawn_problem, sparse
 from tests.test_windowed_matmul import LAYOUTS, by_convolution, problem
 
 TINY = SPProjectorConfig("crop", (2, 4), detail_kernel=3, detail_stride=1, grid=5, vision_width=6, spatial_width=5)
-TINIEST = replace(TINY, kernel_sizes=(2,), detail_kernel=2, grid=3, vision_width=3, spatial_width=2)
 
 
 def gradients(function, rows, weights, cotangent):

@@ -79,8 +79,13 @@ def test_what_changes_no_result_is_left_out():
     assert [m.before for m in mutants("x.py", LEFT_OUT)] == []
 
 
-def test_every_mutant_is_python_and_lists_the_lines_that_it_changes():
-    for file, found in all_mutants(ROOT, TARGETS).items():
+@pytest.fixture(scope="module")
+def by_file():
+    return all_mutants(ROOT, TARGETS)
+
+
+def test_every_mutant_is_python_and_lists_the_lines_that_it_changes(by_file):
+    for file, found in by_file.items():
         original = (ROOT / file).read_text()
         statements, before = ast.parse(original).body, original.splitlines()
         assert len(found) >= 5, file
@@ -100,11 +105,6 @@ def test_every_kernel_has_a_target():
     assert files >= SCHEDULE
 
 
-@pytest.fixture(scope="module")
-def by_file():
-    return all_mutants(ROOT, TARGETS)
-
-
 def test_a_sample_is_its_seeds(by_file):
     first = sample(by_file, 0, 70)
     assert first == sample(dict(reversed(by_file.items())), 0, 70) != sample(by_file, 1, 70)
@@ -121,8 +121,10 @@ FILE, TESTS = "kernels/tiny.py", "tests/test_tiny.py"
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, monkeypatch):
     """A project of one function, whose test is blind to equality, and what a campaign of it needs."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which take as long to load as all else together
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_timeout")
     for name, text in {
         FILE: "def reaches(a, b):\n    return not a < b\n",
         TESTS: "from kernels.tiny import reaches\n\n\ndef test_reaches():\n    assert reaches(2, 1) > reaches(1, 2)\n",
