@@ -41,6 +41,7 @@ from sp_fast.kernels.windowed_plan_triton import (
 )
 
 COLUMNS_BYTES = 2**30  # at a time; more images take further rounds
+MOST_OUTPUTS = tl.constexpr(2**16)  # of a window
 FEW_WINDOWS = 10  # whose columns the fold has registers for, 16 rows at a time
 
 
@@ -152,6 +153,7 @@ def _windowed_matmul_fold_kernel(
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):
     """A few rows of an image and a tile of channels a program. A row is met by at most one cell of an output."""
     R_TILES: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
@@ -161,7 +163,8 @@ def _windowed_matmul_fold_kernel(
     mask = (row < R)[:, None] & (offs_c < C)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for i in tl.static_range(len(WINDOWS)):
-        for output in range(WINDOWS[i][OUTPUTS]):
+        # Loops of a known length are unrolled, and of many windows all their loads at once would spill.
+        for output in range(WINDOWS[i][OUTPUTS] if UNROLLED else tl.minimum(WINDOWS[i][OUTPUTS], batch + MOST_OUTPUTS)):
             above = output // WINDOWS[i][OUT_WIDTH]
             beside = output % WINDOWS[i][OUT_WIDTH]
             shift = row - WINDOWS[i][ORIGIN] - (above * WINDOWS[i][ROW_STRIDE] + beside) * WINDOWS[i][STEP]
@@ -205,8 +208,11 @@ def windowed_matmul_drows_triton(
         "SWAPPED": is_swapped(chip, grad.dtype),
     }  # fmt: skip
     block_c = min(64, power_of_two(width))
-    block_r, fold_registers = (16, 128) if len(windows) <= FEW_WINDOWS else (4, 255)
-    folding = {"WINDOWS": single + many, "R": count, "C": width, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    few = len(windows) <= FEW_WINDOWS
+    block_r, fold_registers = (16, 128) if few else (4, 255)
+    folding = {
+        "WINDOWS": single + many, "R": count, "C": width, "BLOCK_R": block_r, "BLOCK_C": block_c, "UNROLLED": few,
+    }  # fmt: skip
     for part, made in zip(grad.split(images), out.split(images), strict=True):
         n = len(part)
         programs = sum(

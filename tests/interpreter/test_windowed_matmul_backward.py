@@ -88,6 +88,15 @@ def test_every_batch_bucket(batch):
 
 
 @pytest.mark.usefixtures("poisoned")
+def test_more_windows_than_the_fold_unrolls(monkeypatch):
+    monkeypatch.setattr(drows_module, "FEW_WINDOWS", 1)
+    rows, weights, windows = problem(TINY, 2, torch.float32)
+    assert max(w.outputs for w in windows) > 1
+    with pretend(CHIPS[90]):
+        agree(rows, weights, windows)
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("width", "depth"),
     [(17, 130), (130, 16), *(pytest.param(*w, marks=pytest.mark.campaign) for w in ((16, 24), (100, 40)))],
