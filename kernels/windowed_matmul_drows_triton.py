@@ -41,7 +41,7 @@ from sp_fast.kernels.windowed_plan_triton import (
 )
 
 COLUMNS_BYTES = 2**30  # at a time; more images take further rounds
-MOST_OUTPUTS = tl.constexpr(2**16)  # of a window
+MOST_OUTPUTS = 2**16  # of a window: more than there are, which the compiler is not to know
 FEW_WINDOWS = 10  # whose columns the fold has registers for, 16 rows at a time
 
 
@@ -148,6 +148,7 @@ def _windowed_matmul_fold_kernel(
     columns_ptr,  # [column rows * B, C] float32
     out_ptr,  # [B, R, C]
     batch,
+    most,  # outputs of a window
     WINDOWS: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -164,7 +165,7 @@ def _windowed_matmul_fold_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for i in tl.static_range(len(WINDOWS)):
         # Loops of a known length are unrolled, and of many windows all their loads at once would spill.
-        for output in range(WINDOWS[i][OUTPUTS] if UNROLLED else tl.minimum(WINDOWS[i][OUTPUTS], batch + MOST_OUTPUTS)):
+        for output in range(WINDOWS[i][OUTPUTS] if UNROLLED else tl.minimum(WINDOWS[i][OUTPUTS], most)):
             above = output // WINDOWS[i][OUT_WIDTH]
             beside = output % WINDOWS[i][OUT_WIDTH]
             shift = row - WINDOWS[i][ORIGIN] - (above * WINDOWS[i][ROW_STRIDE] + beside) * WINDOWS[i][STEP]
@@ -224,5 +225,7 @@ def windowed_matmul_drows_triton(
             part, weights[0], weights[-1], columns, n
         )
         programs = (n * triton.cdiv(count, folding["BLOCK_R"]), triton.cdiv(width, block_c))
-        Launch(_windowed_matmul_fold_kernel, programs, folding, registers=fold_registers)(columns, made, n)
+        Launch(_windowed_matmul_fold_kernel, programs, folding, registers=fold_registers)(
+            columns, made, n, MOST_OUTPUTS
+        )
     return out
