@@ -41,7 +41,6 @@ from sp_fast.kernels.windowed_plan_triton import (
 )
 
 COLUMNS_BYTES = 2**30  # at a time; more images take further rounds
-MOST_OUTPUTS = 2**16  # of a window: more than there are, which the compiler is not to know
 FEW_WINDOWS = 10  # whose columns the fold has registers for, 16 rows at a time
 
 
@@ -148,7 +147,7 @@ def _windowed_matmul_fold_kernel(
     columns_ptr,  # [column rows * B, C] float32
     out_ptr,  # [B, R, C]
     batch,
-    most,  # outputs of a window
+    most,  # outputs of any window, a number that the compiler does not know
     WINDOWS: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -209,7 +208,7 @@ def windowed_matmul_drows_triton(
         "SWAPPED": is_swapped(chip, grad.dtype),
     }  # fmt: skip
     block_c = min(64, power_of_two(width))
-    few = len(windows) <= FEW_WINDOWS
+    few, most = len(windows) <= FEW_WINDOWS, max(w.outputs for w in windows)
     block_r, fold_registers = (16, 128) if few else (4, 255)
     folding = {
         "WINDOWS": single + many, "R": count, "C": width, "BLOCK_R": block_r, "BLOCK_C": block_c, "UNROLLED": few,
@@ -225,7 +224,5 @@ def windowed_matmul_drows_triton(
             part, weights[0], weights[-1], columns, n
         )
         programs = (n * triton.cdiv(count, folding["BLOCK_R"]), triton.cdiv(width, block_c))
-        Launch(_windowed_matmul_fold_kernel, programs, folding, registers=fold_registers)(
-            columns, made, n, MOST_OUTPUTS
-        )
+        Launch(_windowed_matmul_fold_kernel, programs, folding, registers=fold_registers)(columns, made, n, most)
     return out

@@ -1,12 +1,15 @@
 """Norms of gradients against float64, where torch's own lose the small squares of a large tensor."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.linalg import vector_norm
 
 from sp_fast.training.gradient_norm import gradient_norm
+from sp_fast.training.trainer import SpTrainer
 
 
 def gradients(dtype, *shapes):
@@ -35,6 +38,15 @@ def test_it_does_not_depend_on_the_layout():
     pieces = gradient_norm(whole.split(5)), gradient_norm(whole.flatten(1).split(1000, 1))
     for found in pieces:
         assert abs(found / gradient_norm([whole]) - 1) < 2 * torch.finfo(torch.float32).eps
+
+
+def test_the_trainer_clips_by_it():
+    model = nn.Linear(2**10, 2**10, bias=False)
+    (model.weight.grad,) = gradients(torch.float32, (2**10, 2**10))
+    trainer = SimpleNamespace(is_deepspeed_enabled=False)
+    found = SpTrainer._gradient_norm(trainer, model)
+    assert error(found, [model.weight.grad]) < 4 * torch.finfo(torch.float32).eps
+    assert list(trainer.gradient_norms.values()) == [found]
 
 
 def test_of_nothing_it_is_zero():
