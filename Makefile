@@ -30,7 +30,7 @@ test: $(SETUP) $(if $(NO_VENV),,lint)
 test-kernels:
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter -m "not campaign" $(ARGS)
 
-BENCH_CLI_TESTS := tests/test_bench_cli.py tests/test_bench_static.py
+BENCH_CLI_TESTS := $(addprefix tests/test_bench_,cli.py static.py static_cli.py shipped.py sass.py)
 TRAIN_TESTS := $(wildcard tests/test_train_*.py)
 BENCH_TESTS := $(filter-out $(BENCH_CLI_TESTS),$(wildcard tests/test_bench_*.py)) tests/test_verify.py
 

@@ -56,6 +56,18 @@ def local_workers(monkeypatch):
     monkeypatch.setattr(gc, "collect", lambda *_: 0)  # a fifth of a second in a process as full as pytest's
 
 
+@pytest.fixture(scope="module")
+def fewer_batches(tmp_path_factory):
+    """Kernels are compiled anew, for fewer batches than ship."""
+    from sp_fast.bench import shipped
+    from tests.static_cases import FEWER
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setattr(shipped, "BATCHES", FEWER)
+        yield
+
+
 @pytest.fixture
 def quick_runs(monkeypatch):
     """Runs of training without what other tests look at."""
