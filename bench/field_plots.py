@@ -15,6 +15,7 @@ from sp_fast.bench.field_rows import Spatial
 from sp_fast.bench.plots import machine, write
 from sp_fast.bench.record import Record, RecordError
 
+MARKERS = "os^D"  # one for every ten colours
 PANELS: dict[str, Callable[[Record], float]] = {
     "latency, ms (p50)": lambda r: r.ms_p50,
     "parameters, M": lambda r: r.parameters / 1e6,
@@ -53,7 +54,8 @@ def _field(records: list[Record]) -> Figure:
         for number, r in enumerate(records):
             own = isinstance(PROJECTORS.get(r.variant), Spatial)
             point = (r.image_tokens, height(r))
-            axis.plot(*point, "o", color=f"C{number % 10}", markersize=9 if own else 6, label=label(r.variant))
+            marker = MARKERS[number // 10 % len(MARKERS)]
+            axis.plot(*point, marker, color=f"C{number % 10}", markersize=9 if own else 6, label=label(r.variant))
         axis.set(xscale="log", yscale="log", xlabel="tokens of one image", ylabel=name)
         axis.grid(alpha=0.3, which="both")
         ticks = sorted({r.image_tokens for r in records})

@@ -17,7 +17,9 @@ from sp_fast.bench.counts import Count, Product, count, total
 from sp_fast.bench.field_peers import Shape
 from sp_fast.bench.implementations import OURS
 from sp_fast.checkpoint import official_shapes
+from sp_fast.errors import ConfigError
 from sp_fast.quantize import quantize
+from sp_fast.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,14 @@ class Spatial:
     )
 
     def config(self, overrides: dict[str, Any]) -> SPProjectorConfig:
-        return SPProjectorConfig.variant(self.variant, **{**self.settings, **overrides})
+        """With other widths; spatial features that the variant itself narrows are no wider for it."""
+        given = {**self.settings, **overrides}
+        if (own := VARIANTS[self.variant].get("spatial_width")) and "spatial_width" in given:
+            given["spatial_width"] = min(own, given["spatial_width"])
+        try:
+            return SPProjectorConfig.variant(self.variant, **given)
+        except ConfigError as error:
+            raise ConfigError(f"{self.label}: {error}, or name other projectors") from error
 
     def image_tokens(self, case: FieldCase) -> int:
         return case.config.spatial_tokens + case.config.patch_tokens

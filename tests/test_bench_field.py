@@ -111,3 +111,13 @@ def test_what_products_leave_over_are_norms_queries_and_positions(name):
     assert held + vectors == sum(p.numel() for p in runs.parameters())
     batches = [row.count(replace(case, batch=batch)).bytes for batch in (1, 2)]
     assert batches[1] - batches[0] == 4 * (576 * 64 + row.image_tokens(case) * 64)
+
+
+def test_narrow_features_are_for_all_whom_they_fit():
+    width = lambda name, asked: field_cases([name], ("forward",), (1,), ("float32",), asked)[0].config.spatial_width  # noqa: E731
+    assert [width(name, 384) for name in ("crop-dfi", "compact-5m", "compact-50m")] == [384, 256, 384]
+    assert [width("compact-5m", asked) for asked in (None, 128)] == [256, 128]
+    with pytest.raises(
+        ConfigError, match="grouped, sp_fast: groups=8 does not divide spatial_width=100: .* or name other"
+    ):
+        field_cases((), ("forward",), (1,), ("float32",), 100)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from sp_fast.bench import pool, worker
+from sp_fast.bench import field_plots, pool, worker
 from sp_fast.bench.field_projectors import PROJECTORS
 from sp_fast.bench.field_suite import FIELD
 from sp_fast.bench.formats import FORMATS
@@ -68,6 +68,13 @@ def field_record(name, ms=10.0, **more):
     return record(
         "projector", ms, **{**values, "parameters": 20_979_712, "weight_bytes": 80 * 2**20, "error": 1e-7, **more}
     )
+
+
+def test_no_two_projectors_look_the_same_in_the_figure():
+    figure = field_plots._field([field_record(name) for name in PROJECTORS])
+    for axis in figure.axes:
+        looks = {(line.get_marker(), line.get_color()) for line in axis.lines}
+        assert len(looks) == len(axis.lines) == len(PROJECTORS)
 
 
 @pytest.mark.parametrize("format_", FORMATS)
