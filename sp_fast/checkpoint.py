@@ -20,7 +20,7 @@ from sp_fast.compact_config import COMPACT
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError, ConfigError, first_line
 from sp_fast.layout import MERGE_FIRST, Entry
-from sp_fast.quantize import QuantizedWeight
+from sp_fast.quantize import STORED, QuantizedWeight
 from sp_fast.recognise import check_size, check_whole, listed, official_keys, projector_names, recognise
 from sp_fast.reference import ReferenceSPProjector
 from sp_fast.stored_tensor import DTYPES, StoredTensor
@@ -196,8 +196,7 @@ def load_pretrained(
         projector = cls(config, backend, device="meta")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    integers = dict(projector.named_buffers())
-    floats = {name: tensor for name, tensor in tensors.items() if name not in integers}
+    floats = {name: tensor for name, tensor in tensors.items() if not name.endswith(STORED)}
     projector.to(_one_dtype(str(weights), floats, dtype))
     places = [Entry(name, name) for name in _tensors(projector)]
     fill(str(weights), projector, places, tensors, device)

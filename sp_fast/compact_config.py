@@ -47,6 +47,11 @@ def narrows(config: SPProjectorConfig) -> bool:
     return config.rank is not None and config.extractor != "separable"
 
 
+def narrowed_width(config: SPProjectorConfig) -> int:
+    """Channels of the patch features behind that convolution, or as they come."""
+    return config.rank if narrows(config) else config.vision_width
+
+
 def _check_rank(config: SPProjectorConfig) -> None:
     if config.rank is not None and config.rank > config.vision_width:
         raise ConfigError(

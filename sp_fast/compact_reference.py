@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sp_fast.compact_config import narrows
+from sp_fast.compact_config import narrowed_width
 from sp_fast.compact_geometry import rings
 from sp_fast.config import SPProjectorConfig
 
@@ -36,7 +36,7 @@ def separable(config: SPProjectorConfig, size: tuple[int, int], stride: int, **f
 
 def plain(config: SPProjectorConfig, size: tuple[int, int], stride: int, **factory: object) -> nn.Module:
     """One convolution, on narrowed channels where there is a 1x1 convolution before it."""
-    depth = config.rank if narrows(config) else config.vision_width
+    depth = narrowed_width(config)
     return nn.Conv2d(depth, config.spatial_width, size, stride=stride, bias=False, **factory)
 
 
@@ -62,7 +62,7 @@ class NestedKernel(nn.Module):
     def __init__(self, config: SPProjectorConfig, **factory: object) -> None:
         super().__init__()
         self.rings = rings(config)
-        depth = config.rank or config.vision_width
+        depth = narrowed_width(config)
         self.parts = nn.ParameterList(
             torch.empty(config.spatial_width, depth, part.height, part.width, **factory)
             for ring in self.rings
@@ -93,7 +93,7 @@ class ResampledKernel(nn.Conv2d):
     """A K x K convolution of regions that are averaged to K x K first."""
 
     def __init__(self, config: SPProjectorConfig, **factory: object) -> None:
-        depth = config.rank or config.vision_width
+        depth = narrowed_width(config)
         super().__init__(depth, config.spatial_width, config.base_kernel, bias=False, **factory)
 
     def forward(self, maps: Tensor, size: tuple[int, int], stride: int = 1) -> Tensor:

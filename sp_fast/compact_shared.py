@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sp_fast import compact_geometry, geometry
 from sp_fast.compact_base import CompactExtractor, Shapes, by_weight, packed_shapes, reduce_shape, region_of, uniform_
+from sp_fast.compact_config import narrowed_width
 from sp_fast.config import SPProjectorConfig
 from sp_fast.kernels.window import Window, encode_windows
 from sp_fast.quantize import packed_matmul
@@ -34,7 +35,7 @@ class NestedExtractor(CompactExtractor):
     @staticmethod
     def shapes(config: SPProjectorConfig) -> Shapes:
         height, width = config.levels[-1]
-        shape = height * width, config.rank or config.vision_width, config.spatial_width
+        shape = height * width, narrowed_width(config), config.spatial_width
         return reduce_shape(config) | {"shared_weight": shape}
 
     def reset_parameters(self) -> None:
@@ -82,7 +83,7 @@ class ResampledExtractor(CompactExtractor):
 
     @staticmethod
     def shapes(config: SPProjectorConfig) -> Shapes:
-        area, shape = config.base_kernel**2, (config.rank or config.vision_width, config.spatial_width)
+        area, shape = config.base_kernel**2, (narrowed_width(config), config.spatial_width)
         return reduce_shape(config) | packed_shapes(
             config, (area, *shape), (len(config.detail_kernels) * area, *shape), "weight"
         )

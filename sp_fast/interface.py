@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sp_fast.config import SPProjectorConfig
+from sp_fast.kernels.autocast import autocast_dtype
 
 
 class ProjectorOutput(NamedTuple):
@@ -25,7 +25,7 @@ class ProjectorOutput(NamedTuple):
 
 def check_dtype(patch_features: Tensor, weight: Tensor) -> None:
     """Raises ValueError where features and weights are of different types and autocast does not settle it."""
-    if patch_features.dtype != weight.dtype and not torch.is_autocast_enabled(patch_features.device.type):
+    if patch_features.dtype != weight.dtype and autocast_dtype(patch_features.device) is None:
         raise ValueError(
             f"the features are {patch_features.dtype} but the weights {weight.dtype}: cast one of them "
             "(features.to(weight.dtype) or projector.to(features.dtype)), or run under torch.autocast"

@@ -18,6 +18,7 @@ from sp_fast.errors import SPFastError
 from sp_fast.extractors import EXTRACTORS
 from sp_fast.integrator import NORM_EPS, DetailIntegrator, finite_where, init_linear, is_plain
 from sp_fast.interface import ProjectorOutput, check_dtype, check_patch_features
+from sp_fast.kernels.autocast import autocast_dtype
 from sp_fast.kernels.token_head import token_head
 from sp_fast.quantize import dequantize, quantize, quantize_extractor, untrainable
 
@@ -114,9 +115,9 @@ class SPProjector(nn.Module):
         return self._backend_for(next(self.parameters()))
 
     def _backend_for(self, tensor: Tensor) -> Backend:
-        kind, dtype = tensor.device.type, tensor.dtype
-        if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = tensor.dtype
+        if dtype != torch.float64:  # which autocast leaves alone
+            dtype = autocast_dtype(tensor.device) or dtype
         return choose_backend(self._requested, tensor.device, dtype)
 
     def _run(self, patch_features: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -228,6 +229,9 @@ class SPProjector(nn.Module):
         state = {name: t.clone() for name, t in self.state_dict().items() if not name.startswith("extractor.")}
         state |= {f"extractor.{name}": weight.contiguous() for name, weight in dense.items()}
         full.load_state_dict(state, assign=True)
+        for name, parameter in self.named_parameters():
+            if not name.startswith("extractor."):
+                full.get_parameter(name).requires_grad = parameter.requires_grad
         return full.train(self.training)
 
     def save_pretrained(self, folder: str | os.PathLike[str], force: bool = False) -> None:

@@ -6,9 +6,9 @@ Any extractor can be quantised that names its packed weights in ``packed`` and m
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 
 #: Of a configuration's ``quantization``.
 BY_NAME = {scheme.name: scheme for scheme in SCHEMES.values()}
-#: names of a quantised weight's buffers
-STORED = ("stored_values", "stored_scales")
+#: Names of a quantised weight's buffers. Values are named by their scheme, so that no other's are taken for them.
+SCALES, VALUES = "stored_scales", {name: f"{name}_values" for name in BY_NAME}
+STORED = (SCALES, *VALUES.values())
 _PIECE_ELEMENTS = 2**24  # of a weight at a time: copies in float32 of all of it would be gigabytes
 
 
 class QuantizedWeight(nn.Module):
     """A packed weight ``[cells, C, D]`` of one scheme, in two buffers; kernels/quantized.py says what they hold.
 
-    ``stored_values`` are int8, or uint8 for fp8's and int4's bits; ``stored_scales`` the bits of float32 as int32. As
-    integers they stay what they are where a module is cast: ``half()`` converts every buffer of floating point.
+    ``int8_values`` are int8, ``fp8_values`` and ``int4_values`` bits as uint8; ``stored_scales`` the bits of float32 as
+    int32. As integers they stay what they are where a module is cast: ``half()`` converts every buffer of floating
+    point.
     """
 
     def __init__(self, scheme: Scheme, cells: int, width: int, depth: int, device: torch.device | None = None) -> None:
@@ -41,8 +43,8 @@ class QuantizedWeight(nn.Module):
         self.scheme = scheme
         values, scales = scheme.shapes(cells, width, depth)
         dtype = torch.int8 if scheme.dtype == torch.int8 else torch.uint8
-        self.register_buffer("stored_values", torch.empty(values, dtype=dtype, device=device))
-        self.register_buffer("stored_scales", torch.empty(scales, dtype=torch.int32, device=device))
+        self.register_buffer(VALUES[scheme.name], torch.empty(values, dtype=dtype, device=device))
+        self.register_buffer(SCALES, torch.empty(scales, dtype=torch.int32, device=device))
 
     @classmethod
     @torch.no_grad()
@@ -71,9 +73,13 @@ class QuantizedWeight(nn.Module):
         return found
 
     @property
+    def _bits(self) -> Tensor:
+        return getattr(self, VALUES[self.scheme.name])
+
+    @property
     def values(self) -> Tensor:
         """``[cells, D, C]``, or ``[cells, D, C / 2]`` of int4, in the op's type; a view."""
-        return self.stored_values.view(self.scheme.dtype)
+        return self._bits.view(self.scheme.dtype)
 
     @property
     def scales(self) -> Tensor:
@@ -85,7 +91,7 @@ class QuantizedWeight(nn.Module):
         """The weight ``[cells, C, D]``: exact in float64, rounded once in narrower types."""
         cells, depth, stored = self.values.shape
         width = stored * self.scheme.channels
-        weight = torch.empty(cells, width, depth, dtype=dtype, device=self.stored_values.device)
+        weight = torch.empty(cells, width, depth, dtype=dtype, device=self._bits.device)
         step = max(1, _PIECE_ELEMENTS // (width * depth))
         for cell in range(0, 0 if weight.is_meta else cells, step):
             piece = slice(cell, min(cell + step, cells))
@@ -96,7 +102,7 @@ class QuantizedWeight(nn.Module):
 
     def is_finite(self) -> bool:
         """False where a file was damaged: scales or fp8 values that are NaN or infinite."""
-        pieces = self.stored_values.split(64) if self.scheme.dtype.is_floating_point else ()
+        pieces = self._bits.split(64) if self.scheme.dtype.is_floating_point else ()
         return bool(self.scales.isfinite().all()) and all(bool((bits & 0x7F).ne(0x7F).all()) for bits in pieces)
 
     def requires_grad_(self, requires_grad: bool = True) -> QuantizedWeight:
@@ -104,6 +110,28 @@ class QuantizedWeight(nn.Module):
         if requires_grad:
             raise SPFastError(untrainable(self.scheme.name))
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
+        """Moved to other devices, never cast: ``type(torch.float16)`` would take the bits for numbers."""
+
+        def moved(bits: Tensor) -> Tensor:
+            found = fn(bits)
+            return found if found.dtype == bits.dtype else bits.to(found.device)
+
+        return super()._apply(moved, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Tensors of another type are an error of ``load_state_dict``, which would cast them: their bits are lost."""
+        given = {name: state_dict.get(prefix + name, bits).dtype for name, bits in self.named_buffers()}
+        cast = [name for name, bits in self.named_buffers() if given[name] != bits.dtype]
+        *_, problems = rest
+        problems += [
+            f"{prefix}{name} is {given[name]} where {self.get_buffer(name).dtype} is expected: give the tensors as "
+            "they were saved, without a cast"
+            for name in cast
+        ]
+        if not cast:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """For print: scheme and shape."""
@@ -122,7 +150,8 @@ def packed_matmul(rows: Tensor, weights: Sequence[PackedWeight], windows: Sequen
 
 
 def quantize_extractor(extractor: nn.Module, name: str) -> None:
-    """Puts quantised weights in the place of an extractor's packed ones.
+    """Puts quantised weights in the place of an extractor's packed ones. Its other weights, which stand before them and
+    which no gradient reaches, are frozen.
 
     Raises:
         ConfigError: it has none, or an odd width for int4.
@@ -137,6 +166,8 @@ def quantize_extractor(extractor: nn.Module, name: str) -> None:
         weight = QuantizedWeight.of(getattr(extractor, place), BY_NAME[name], f"extractor.{place}")
         delattr(extractor, place)
         extractor.add_module(place, weight)
+    for parameter in extractor.parameters():
+        parameter.requires_grad = False
 
 
 def quantize(projector: SPProjector, scheme: str) -> SPProjector:
@@ -175,6 +206,7 @@ def dequantize(projector: SPProjector) -> SPProjector:
         if isinstance(weight, QuantizedWeight):
             delattr(made.extractor, name)
             made.extractor.register_parameter(name, nn.Parameter(weight.dequantized(dtype)))
+    made.extractor.requires_grad_()
     return made
 
 

@@ -266,6 +266,9 @@ def test_there_is_no_official_form_but_the_expanded_one(kind):
     torch.testing.assert_close(other(x), projector(x))
     with pytest.raises(ValueError, match="'full' is not compact"):
         other.expanded()
+    projector.output.requires_grad_(False)
+    frozen = {name for name, p in projector.expanded().named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, p in projector.named_parameters() if not p.requires_grad} != set()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -303,3 +306,33 @@ def test_a_model_takes_them_by_configuration(kind, tmp_path):
     ours = stored_tensors(dict(projector.state_dict()))[1]
     with pytest.raises(CheckpointError, match="has no official form.*expanded"):
         unpacked("it", model.config.projector, ours)
+
+
+def test_a_model_keeps_the_projector_that_was_put_in(tmp_path):
+    """One that gives as many tokens as the model's configuration says."""
+    model = model_of()
+    config = replace(model.config.projector, extractor="depthwise")
+    for core in (model.model, model):
+        model.model.multi_modal_projector = SPProjector(config)
+        core.save_pretrained(tmp_path)
+        again = type(core).from_pretrained(tmp_path)
+        assert again.config.projector == config
+        found, expected = again.state_dict(), core.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for change, message in (
+        ({"kernel_sizes": config.kernel_sizes[1:]}, "gives 2 spatial tokens an image, .* has 3: build the model"),
+        ({"text_width": 8}, "text_width=8, but the text_config has"),
+    ):
+        model.model.multi_modal_projector = SPProjector(replace(config, **change))
+        with pytest.raises(ConfigError, match=message):
+            model.save_pretrained(tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", *KINDS])
+def test_shapes_alone(kind):
+    """A forward without data or memory."""
+    config = compact(kind) if kind in KINDS else replace(compact("depthwise"), extractor="full")
+    x = torch.empty(2, config.patch_tokens, config.vision_width, device="meta")
+    assert SPProjector(config, device="meta")(x).shape == (2, config.spatial_tokens + config.patch_tokens, 24)

@@ -143,8 +143,24 @@ def test_files(tmp_path):
     assert json.loads((tmp_path / "int4" / "config.json").read_text())["quantization"] == "int4"
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_another_scheme_or_type_is_refused(assign):
+    projector, other = build()
+    state, before = other.state_dict(), other(features_for(other.config))
+    damaged = {
+        "Missing key.*int8_values.*\n.*Unexpected key.*fp8_values": projector.quantized("fp8").state_dict(),
+        "stored_scales is torch.float16 where torch.int32 is expected": {name: t.half() for name, t in state.items()},
+    }
+    for message, tensors in damaged.items():
+        with pytest.raises(RuntimeError, match=message):
+            projector.quantized("int8").load_state_dict(tensors, assign=assign)
+    cast = copy.deepcopy(other).type(torch.float64)
+    assert [b.dtype for b in cast.buffers()] == [b.dtype for b in other.buffers()]
+    torch.testing.assert_close(cast(features_for(other.config).double()).float(), before)
+
+
 WIDTHS = {"grid": 6, "vision_width": 16, "text_width": 24}
-VALUES, SCALES = (f"extractor.spatial_weight.stored_{name}" for name in ("values", "scales"))
+VALUES, SCALES = (f"extractor.spatial_weight.{name}" for name in ("fp8_values", "stored_scales"))
 DAMAGE = {
     "missing": (lambda t: t.pop(SCALES), "missing extractor.spatial_weight.stored_scales"),
     "another type": (lambda t: t.update({VALUES: t[VALUES].float()}), "float32 where torch.uint8 is expected"),
@@ -173,8 +189,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     projector, other = build()
     other.save_pretrained(tmp_path)
     for config, message in (
-        (projector.config, "not of a floating-point type.*before quantisation"),
-        (replace(other.config, quantization="int4"), "has shape"),
+        (projector.config, "missing .*spatial_weight; unexpected .*int8_values"),
+        (replace(other.config, quantization="fp8"), "missing .*fp8_values.*unexpected .*int8_values"),
         (SPProjectorConfig.variant("mlp", **WIDTHS, quantization="int8"), "extractor='none' has none of"),
     ):
         values = {"model_type": "sp_projector", **config.to_dict()}
@@ -227,7 +243,7 @@ def test_quantised_weights_are_not_trained():
         with pytest.raises(SPFastError, match=r"quantised to int8 and cannot be trained: train .*dequantized\(\)"):
             ask()
     with pytest.raises(RuntimeError, match="floating point"):  # torch's own
-        other.extractor.spatial_weight.stored_values.requires_grad_()
+        other.extractor.spatial_weight.int8_values.requires_grad_()
     with pytest.raises(TrainingError, match="no packed weight that is trained"):
         FactoredAdamW(other.parameters(), other)
     x = features_for(other.config)
@@ -238,6 +254,27 @@ def test_quantised_weights_are_not_trained():
     tokens = other(x.requires_grad_())
     with pytest.raises(NotImplementedError, match=r"no gradient to the features: detach\(\).*dequantized\(\)"):
         tokens.sum().backward()
+
+
+PACKED = [
+    {},
+    {"extractor": "bottleneck", "rank": 4},
+    {"extractor": "separable"},
+    {"extractor": "nested", "rank": 4},
+    {"extractor": "resampled", "rank": 4, "base_kernel": 2},
+]
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.get("extractor", "full"))
+def test_the_layers_behind_quantised_weights_are_trained(kind):
+    """Those before them are frozen, as no gradient comes through, and thaw with them."""
+    projector = SPProjector(replace(build()[0].config, **kind))
+    other = projector.quantized("int8")
+    other(features_for(other.config)).sum().backward()
+    trained = {name for name, p in other.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in other.named_parameters() if not name.startswith("extractor.")}
+    assert all(p.requires_grad for p in other.dequantized().parameters())
+    assert all(p.requires_grad for p in projector.parameters())
 
 
 def test_compiles_whole_with_a_dynamic_batch():
@@ -261,11 +298,8 @@ def test_autocast_and_an_empty_batch():
 
 def test_a_whole_model_keeps_it(tmp_path):
     """Saved, loaded in other types, never exported to the official layout, never trained."""
-    projector = tiny.PROJECTOR | {"quantization": "int4"}
-    model = tiny.model_of(projector=projector)
-    original = tiny.model_of()
-    made = original.model.multi_modal_projector.quantized("int4")
-    assert made.config == model.config.projector
+    model = tiny.model_of()
+    made = model.model.multi_modal_projector.quantized("int4")
     model.model.multi_modal_projector = made
     model.save_pretrained(tmp_path)
     tiny.processor_of(model.config).save_pretrained(tmp_path)
@@ -285,6 +319,14 @@ def test_a_whole_model_keeps_it(tmp_path):
         plan_to_official(ToOfficial(tmp_path, tmp_path / "official"))
     with pytest.raises(TrainingError, match=r"quantised to int4 and cannot be trained: train .*dequantized\(\)"):
         read_parts(SimpleNamespace(model=tmp_path, template=None))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for scheme in ("int8", "fp8"):
+        config["projector_config"]["quantization"] = scheme
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=f"lacks .*spatial_weight.{scheme}_values"):
+            LlavaSpForConditionalGeneration.from_pretrained(tmp_path)
+    config["projector_config"]["quantization"] = "int4"
+    (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.multi_modal_projector.extractor.spatial_weight.stored_scales"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})

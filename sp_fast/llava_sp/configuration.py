@@ -55,6 +55,22 @@ class LlavaSpConfig(LlavaConfig):
         """What the projector is built from."""
         return SPProjectorConfig.from_dict(self.projector_config)
 
+    def take_projector(self, projector: SPProjectorConfig) -> None:
+        """In the place of the present one.
+
+        Raises:
+            ConfigError: it does not fit the other parts, or gives other numbers of tokens.
+        """
+        fitting, present = self._fitting(projector.to_dict()), self.projector
+        for name in ("spatial_tokens", "patch_tokens"):
+            if getattr(fitting, name) != getattr(present, name):
+                raise ConfigError(
+                    f"the projector gives {getattr(fitting, name)} {name.replace('_', ' ')} an image, and the model's "
+                    f"configuration has {getattr(present, name)}: build the model from LlavaSpConfig(projector_config="
+                    "projector.config.to_dict(), ...)"
+                )
+        self.projector_config = fitting.to_dict()
+
     @property
     def context(self) -> int:
         """Tokens that the language model's positions reach, image tokens included."""

@@ -62,6 +62,17 @@ class LlavaSpPreTrainedModel(LlavaPreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the configuration of the projector that is in place: a quantised or compact one may
+        have taken the place of the one that the model was built with.
+
+        Raises:
+            ConfigError: it does not fit the other parts, or gives other numbers of tokens.
+        """
+        projector = self.get_submodule(f"{self._core}{PROJECTOR}")
+        self.config.take_projector(getattr(projector, "config", self.config.projector))
+        super().save_pretrained(*args, **kwargs)
+
 
 class LlavaSpModel(LlavaSpPreTrainedModel, LlavaModel):
     """Vision tower, ``SPProjector`` and language model, without the head."""
