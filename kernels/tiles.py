@@ -130,7 +130,8 @@ def quantized_tiles(
     half = dtype.itemsize == 2
     single = min(64, power_of_two(batch)) if half else min(32, power_of_two(batch, least=4))
     many, warps = (64, 8) if half and batch > 1 else (32, 4)
-    block_k, stages = (128, (7 if channels > 1 else 5, 5)) if half else (32, (8, 7))  # 64 KB in flight on sm_90
+    # 64 KB in flight on sm_90; of float32, whose operands lie in registers too, others have room for half of it.
+    block_k, stages = (128, (7 if channels > 1 else 5, 5)) if half else (32 if chip.capability == 90 else 16, (8, 7))
     block_k, block_d = min(block_k, power_of_two(group)), min(128, power_of_two(depth))
     tiles = QuantizedTiles(single, many, block_d, block_k, *stages, warps, channels)
     return _with_stages_that_fit(tiles, chip, dtype)
@@ -173,7 +174,7 @@ def outer_tiles(chip: Chip, dtype: torch.dtype, batch: int, width: int, depth: i
     if half:
         registers = 128 if large else 168
     else:
-        registers = 168 if batch > 1 else 255  # the rows of one image are few, and their loop is unrolled
+        registers = 168 if batch > 1 else None  # the rows of one image are few, and their loop is unrolled
     return OuterTiles(single, many, min(side, power_of_two(width)), min(128, power_of_two(depth)), 2, warps, registers)
 
 

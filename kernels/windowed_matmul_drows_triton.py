@@ -26,6 +26,7 @@ from sp_fast.kernels.tiles import is_swapped, power_of_two, windowed_tiles
 from sp_fast.kernels.window import Window
 from sp_fast.kernels.windowed_plan_triton import (
     CELLS,
+    FEW_WINDOWS,
     ORIGIN,
     OUT_WIDTH,
     OUTPUTS,
@@ -41,7 +42,6 @@ from sp_fast.kernels.windowed_plan_triton import (
 )
 
 COLUMNS_BYTES = 2**30  # at a time; more images take further rounds
-FEW_WINDOWS = 10  # whose columns the fold has registers for, 16 rows at a time
 
 
 @triton.jit
@@ -220,6 +220,8 @@ def windowed_matmul_drows_triton(
             for plan, block_m in ((single, tiles.block_single), (many, tiles.block_many))
         )
         registers = 255 if tiles.warps == 8 or grad.dtype == torch.float32 else 168
+        if width <= 64:  # half a tile: with more, ptxas keeps the addresses of all turns at once, and spills
+            registers = 128
         Launch(_windowed_matmul_columns_kernel, (programs,), constants, tiles.warps, registers)(
             part, weights[0], weights[-1], columns, n
         )

@@ -220,8 +220,7 @@ def windowed_matmul_quantized_triton(
         "BLOCK_K": tiles.block_k, "STAGES_SINGLE": tiles.stages_single, "STAGES_MANY": tiles.stages_many,
         "EVICT_SINGLE": evict[0], "EVICT_MANY": evict[1],
     }  # fmt: skip
-    registers = 255 if tiles.warps == 8 else None
-    stream = Launch(_windowed_matmul_quantized_kernel, (units,), constants, tiles.warps, registers)
+    stream = Launch(_windowed_matmul_quantized_kernel, (units,), constants, tiles.warps, registers=255)
     # As integers: the compiler refuses fp8 on sm_80 and 86, even where it is never computed with.
     stored_bytes = [v if v.dtype == torch.int8 else v.view(torch.uint8) for v in values]
     stream(rows, stored_bytes[0], stored_bytes[-1], scales[0], scales[-1], partial, batch, rows.stride(0))

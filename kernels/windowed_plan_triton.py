@@ -15,6 +15,7 @@ OUTPUTS, OUT_WIDTH, STEP, ORIGIN, WIDTH, ROW_STRIDE, CELL, CELLS, WEIGHT, SPLITS
     tl.constexpr, range(12)
 )
 Plan = tuple[tuple[int, ...], ...]
+FEW_WINDOWS = 10  # whose numbers, and a tile's, a program has registers for
 
 
 def plan_windows(windows: Sequence[Window], cells: tuple[int, int]) -> tuple[Plan, Plan]:
