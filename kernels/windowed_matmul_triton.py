@@ -245,8 +245,8 @@ def windowed_matmul_triton(
         "BLOCK_K": tiles.block_k, "STAGES_SINGLE": tiles.stages_single, "STAGES_MANY": tiles.stages_many,
         "SWAPPED": is_swapped(chip, rows.dtype), "EVICT_SINGLE": evict[0], "EVICT_MANY": evict[1],
     }  # fmt: skip
-    # Left to itself, ptxas spills to win a block that shared memory has no room for.
-    crowded = rows.dtype == torch.float32 or len(windows) > FEW_WINDOWS
+    # Left to itself, ptxas spills in the tiles of one image, to win a block that shared memory has no room for.
+    crowded = batch == 1 and (rows.dtype == torch.float32 or len(windows) > FEW_WINDOWS)
     registers = 255 if tiles.warps == 8 else 168 if crowded else None
     stream = Launch(_windowed_matmul_fwd_kernel, (units,), constants, tiles.warps, registers)
     stream(rows, weights[0], weights[-1], partial, batch, rows.stride(0))
