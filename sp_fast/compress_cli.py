@@ -81,19 +81,19 @@ def compress(
             from sp_fast.compress.report import print_outcome, print_plan
 
             request = Request(
-                source,
-                out,
-                to,
-                rank,
-                groups,
-                base_kernel,
-                quantize,
-                grid,
-                images,
-                vision_tower,
-                features,
-                distill,
-                plot,
+                source=source,
+                out=out,
+                to=to,
+                rank=rank,
+                groups=groups,
+                base_kernel=base_kernel,
+                quantize=quantize,
+                grid=grid,
+                images=images,
+                vision_tower=vision_tower,
+                features=features,
+                distill=distill,
+                plot=plot,
             )
             compression = Compression(request, force)
             if not dry_run:
