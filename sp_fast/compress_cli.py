@@ -77,8 +77,9 @@ def compress(
     outcome = None
     try:
         with errors.status("reading names and shapes") as status:
-            from sp_fast.compress.job import Compression, Request
+            from sp_fast.compress.job import Compression
             from sp_fast.compress.report import print_outcome, print_plan
+            from sp_fast.compress.request import Request
 
             request = Request(
                 source=source,

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from sp_fast.compact_config import COMPACT
 from sp_fast.compress.features import LEAST, RANDOM, SPLIT, Features, random_features, split, stored_features
 from sp_fast.compress.figure import draw
 from sp_fast.compress.full import Full
+from sp_fast.compress.request import Request, check_options, sweep, target
 from sp_fast.compress.source import read_source
 from sp_fast.compress.student import Made, Teacher, make
 from sp_fast.compress.write import check_out, write
@@ -24,38 +24,7 @@ from sp_fast.projector import SPProjector
 
 Say = Callable[[str], Any]
 _PROGRAM = 700 * 2**20  # torch and transformers, imported
-_SWEEP = (0.125, 0.25, 0.5, 1, 2, 4)  # of the rank or the groups that were asked for
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # ranks of the spectrum
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to compress, and how.
-
-    Args:
-        to: a compact extractor, or None where only ``quantize`` is asked for.
-        rank, groups, base_kernel: of the extractor, as in ``SPProjectorConfig``.
-        quantize: "int8", "fp8", "int4" or None.
-        grid: patches along a side, where an official checkpoint cannot tell.
-        images, vision_tower: folders; a whole model has its own tower.
-        features: a safetensors file instead.
-        distill: steps.
-        plot: an SVG file, for a sweep of ranks or groups.
-    """
-
-    source: Path
-    out: Path
-    to: str | None = None
-    rank: int | None = None
-    groups: int | None = None
-    base_kernel: int | None = None
-    quantize: str | None = None
-    grid: int | None = None
-    images: Path | None = None
-    vision_tower: Path | None = None
-    features: Path | None = None
-    distill: int = 0
-    plot: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +100,7 @@ class Compression:
 
     def __init__(self, request: Request, force: bool = False) -> None:
         self.request = request
-        _check_options(request)
+        check_options(request)
         self.source = read_source(request.source, request.grid)
         if self.source.kind == "model" and request.vision_tower:
             raise ConfigError(f"{request.source} has a vision tower of its own: leave out --vision-tower")
@@ -139,8 +108,8 @@ class Compression:
             raise ConfigError("--images needs the vision tower that the projector was trained with: --vision-tower DIR")
         if request.grid is not None and self.source.kind != "official":
             raise ConfigError(f"--grid is for official checkpoints, and {request.source} says its own: leave it out")
-        self.config = _target(self.source.config, request)
-        self._sweep = _sweep(self.config, request) if request.plot else {}
+        self.config = target(self.source.config, request)
+        self._sweep = sweep(self.config, request) if request.plot else {}
         self.files: list[Path] = []
         if request.images:
             from sp_fast.compress.images import image_files
@@ -239,50 +208,6 @@ class Compression:
         if self.config.extractor == "full":  # which is quantised as a whole
             copies = 1
         return _PROGRAM + _size(config, held).bytes + 2 * unfolded + copies * max(made) + 3 * rows * images
-
-
-def _check_options(request: Request) -> None:
-    if request.to is None and request.quantize is None:
-        raise ConfigError(f"nothing is asked for: say --to {', '.join(COMPACT)}, or --quantize int8, fp8, int4")
-    if request.to == "full":
-        raise ConfigError(f"--to full is what the source is already: choose one of {', '.join(COMPACT)}")
-    if request.to is not None and request.to not in COMPACT:
-        raise ConfigError(f"--to {request.to} is no compact extractor: choose one of {', '.join(COMPACT)}")
-    if request.images and request.features:
-        raise ConfigError("--images and --features give the same: leave one out")
-    if request.vision_tower and not request.images:
-        raise ConfigError("--vision-tower is for the images of --images: give those, or leave it out")
-    if request.distill and not (request.images or request.features):
-        raise ConfigError("--distill needs what the model will see: give --images or --features")
-    if request.distill and request.to is None:
-        raise ConfigError("--distill trains a compact extractor, and quantised weights cannot be trained: say --to")
-    if request.plot and (request.plot.suffix != ".svg" or not request.plot.resolve().parent.is_dir()):
-        raise ConfigError(f"--plot {request.plot} must be an .svg file in a folder that is there")
-    if request.features and not request.features.is_file():
-        raise ConfigError(f"--features {request.features} is no file: give patch features as safetensors")
-
-
-def _target(config: SPProjectorConfig, request: Request) -> SPProjectorConfig:
-    """Raises ConfigError for a rank, groups or a kernel that cannot be, or that the kind does not read."""
-    given = {"rank": request.rank, "groups": request.groups, "base_kernel": request.base_kernel}
-    extractor = request.to or config.extractor
-    return replace(config, extractor=extractor, quantization=request.quantize, **given)
-
-
-def _sweep(config: SPProjectorConfig, request: Request) -> dict[int, SPProjectorConfig]:
-    """Ranks, or groups, around the one that was asked for."""
-    name = "rank" if config.rank is not None else "groups"
-    if (middle := getattr(config, name)) is None:
-        raise ConfigError(
-            f"--plot tries ranks or groups, and {config.extractor} without a rank has neither: leave it out"
-        )
-    found: dict[int, SPProjectorConfig] = {}
-    for value in sorted({max(1, round(middle * factor)) for factor in _SWEEP}):
-        try:
-            found[value] = replace(config, **{name: value})
-        except ConfigError:  # beyond what the widths allow
-            continue
-    return found
 
 
 def _size(config: SPProjectorConfig, dtype: torch.dtype) -> Size:
