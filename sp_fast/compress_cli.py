@@ -53,7 +53,9 @@ def compress(
     plot: Annotated[
         Path | None, typer.Option(help="SVG file: error against parameters, over other ranks or groups (takes longer).")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT, once the compression has succeeded.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT, and PLOT, once the compression has succeeded.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, print the plan, write nothing; no weights are read.")
     ] = False,

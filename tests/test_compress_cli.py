@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -169,6 +170,64 @@ def test_the_tables(made, tmp_path):
     assert run(made, "projector", tmp_path / "out", "--to", "depthwise", "--force").exit_code == 0
     assert SPProjector.from_pretrained(tmp_path / "out").config.extractor == "depthwise"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_force_spares_what_is_read(made, tmp_path):
+    """Features, or images, in the folder that would be replaced."""
+    out = tmp_path / "out"
+    assert run(made, "projector", out, "--to", "depthwise").exit_code == 0
+    for file in (made / "features.safetensors", made / "images" / "0.png"):
+        shutil.copy(file, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    images = tmp_path / "images"
+    shutil.copytree(made / "images", images)
+    (images / "other.png").symlink_to(out / "0.png")
+    for words in (
+        ("--features", out / "features.safetensors"),
+        ("--images", images, "--vision-tower", "tower"),
+    ):
+        result = run(made, "projector", out, "--to", "depthwise", "--force", *words)
+        assert result.exit_code == 1
+        assert "which is read: write to another folder" in result.stderr
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_plot_takes_nobody_elses_place(made, tmp_path, monkeypatch):
+    """What may not be drawn shows before any work."""
+    words, out, plot = ("--to", "separable", "--rank", 4), tmp_path / "out", tmp_path / "plot.svg"
+    plot.write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(Compression, "run", lambda *_: pytest.fail("worked"))
+        for place, more, message in (
+            (plot, (), "exists: draw to another file, or overwrite it with --force"),
+            (out / "plot.svg", (), "lies in"),
+            (out / "plot.svg", ("--force",), "lies in"),
+        ):
+            result = run(made, "projector", out, *words, "--plot", place, *more)
+            assert result.exit_code == 1, result.output
+            assert message in result.stderr
+            assert plot.read_text() == "mine"
+            out.mkdir(exist_ok=True)
+    assert run(made, "projector", out, *words, "--plot", plot, "--force").exit_code == 0
+    assert "<svg" in plot.read_text()
+
+
+def test_a_plot_costs_no_compression(made, tmp_path, monkeypatch):
+    """Its title, which names a path, is no formula; where it cannot be drawn, the projector is there all the same."""
+    words, out, plot = ("--to", "separable", "--rank", 4), tmp_path / "out", tmp_path / "plot.svg"
+    features = shutil.copy(made / "features.safetensors", tmp_path / "im$a_$b.safetensors")
+    result = run(made, "projector", out, *words, "--features", features, "--plot", plot)
+    assert result.exit_code == 0, result.output
+    assert "im$a_$b" in plot.read_text()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    result = run(made, "projector", tmp_path / "other", *words, "--plot", tmp_path / "other.svg")
+    assert result.exit_code == 1
+    assert "cannot be written (No space left on device), though all else was" in result.stderr
+    assert SPProjector.from_pretrained(tmp_path / "other").config.extractor == "separable"
 
 
 WRONG = {

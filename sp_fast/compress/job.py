@@ -90,7 +90,7 @@ def shown(kept: list[float], rank: int) -> dict[int, float]:
 
 
 class Compression:
-    """A request that was checked. ``plan`` costs nothing; ``run`` makes the projector, ``write`` the folder.
+    """A request that was checked. ``plan`` costs nothing; ``run`` makes the projector, ``write`` the files.
 
     Raises:
         ConfigError: what cannot be made, or options that do not go together.
@@ -100,7 +100,7 @@ class Compression:
 
     def __init__(self, request: Request, force: bool = False) -> None:
         self.request = request
-        check_options(request)
+        check_options(request, force)
         self.source = read_source(request.source, request.grid)
         if self.source.kind == "model" and request.vision_tower:
             raise ConfigError(f"{request.source} has a vision tower of its own: leave out --vision-tower")
@@ -119,7 +119,8 @@ class Compression:
                 raise ConfigError(
                     f"{request.images} has {len(self.files)} images, and {LEAST} are needed at least: {SPLIT}"
                 )
-        check_out(request.out, force, [p for p in (request.source, request.vision_tower, request.images) if p])
+        read = (request.source, request.vision_tower, request.images, request.features)
+        check_out(request.out, force, [*filter(None, read), *self.files])
         self.plan = self._plan()
 
     def check_memory(self) -> None:
@@ -144,14 +145,14 @@ class Compression:
             same = config == self.config
             tried = made if same else make(teacher, config, self.source.dtype, self.request.distill, say)
             points.append((value, _size(config, self.source.dtype).spatial_parameters, tried.errors[-1].relative))
-        if self.request.plot:
-            labelled = [(str(value), size, error) for value, size, error in points]
-            draw(labelled, self.plan.before.spatial_parameters, self._title(features), self.request.plot)
         return Outcome(made, features.origin, points)
 
     def write(self, outcome: Outcome, force: bool, say: Say) -> None:
-        """The folder of a projector, or of a whole model; it appears whole or not at all."""
+        """The folder of a projector, or of a whole model; it appears whole or not at all. Then the plot."""
         write(self.source, outcome.made.projector, self.request.out, force, say)
+        if self.request.plot:
+            labelled = [(str(value), size, error) for value, size, error in outcome.sweep]
+            draw(labelled, self.plan.before.spatial_parameters, self._title(outcome), self.request.plot)
 
     def _features(self, say: Say) -> Features:
         request, config = self.request, self.source.config
@@ -167,9 +168,9 @@ class Compression:
             found = features_of_tower(request.vision_tower, self.files, say)
         return split(found, f"{len(self.files)} images of {request.images}", config)
 
-    def _title(self, features: Features) -> str:
+    def _title(self, outcome: Outcome) -> str:
         what = "rank" if self.config.rank is not None else "groups"
-        return f"{self.config.extractor}, by {what}\n{features.origin}"
+        return f"{self.config.extractor}, by {what}\n{outcome.features}"
 
     def _plan(self) -> Plan:
         request, dtype = self.request, self.source.dtype

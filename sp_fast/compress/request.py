@@ -42,8 +42,8 @@ class Request:
     plot: Path | None = None
 
 
-def check_options(request: Request) -> None:
-    """Raises ConfigError for options that do not go together."""
+def check_options(request: Request, force: bool) -> None:
+    """Raises ConfigError for options that do not go together, and for a plot that may not be drawn."""
     if request.to is None and request.quantize is None:
         raise ConfigError(f"nothing is asked for: say --to {', '.join(COMPACT)}, or --quantize int8, fp8, int4")
     if request.to == "full":
@@ -58,10 +58,20 @@ def check_options(request: Request) -> None:
         raise ConfigError("--distill needs what the model will see: give --images or --features")
     if request.distill and request.to is None:
         raise ConfigError("--distill trains a compact extractor, and quantised weights cannot be trained: say --to")
-    if request.plot and (request.plot.suffix != ".svg" or not request.plot.resolve().parent.is_dir()):
-        raise ConfigError(f"--plot {request.plot} must be an .svg file in a folder that is there")
+    if request.plot:
+        _check_plot(request.plot, request.out, force)
     if request.features and not request.features.is_file():
         raise ConfigError(f"--features {request.features} is no file: give patch features as safetensors")
+
+
+def _check_plot(plot: Path, out: Path, force: bool) -> None:
+    place, folder = plot.resolve(), out.resolve()
+    if plot.suffix != ".svg" or not place.parent.is_dir() or plot.is_dir():
+        raise ConfigError(f"--plot {plot} must be an .svg file in a folder that is there")
+    if folder in (place, *place.parents):
+        raise ConfigError(f"--plot {plot} lies in {out}, which the compression replaces: draw it in another folder")
+    if plot.exists() and not force:
+        raise ConfigError(f"--plot {plot} exists: draw to another file, or overwrite it with --force")
 
 
 def target(config: SPProjectorConfig, request: Request) -> SPProjectorConfig:
