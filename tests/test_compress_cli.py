@@ -96,7 +96,9 @@ def test_full_to_compact_to_an_answer(made, tmp_path):
     others = {name for name in before if not name.startswith(PROJECTOR)}
     assert others == {name for name in after if not name.startswith(PROJECTOR)}
     assert all(torch.equal(before[name].load(), after[name].load()) for name in others)
-    assert "## Compressed" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert card.splitlines()[0] == "# small"
+    assert "## Compressed" in card
     size = sum(t.load().numel() * t.load().itemsize for name, t in after.items() if name.startswith(PROJECTOR))
     assert report["after"]["bytes"] == size == 4 * report["after"]["parameters"]
     assert [point["value"] for point in report["sweep"]] == [1, 2, 4, 8, 16]
