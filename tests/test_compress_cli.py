@@ -279,6 +279,23 @@ def test_what_cannot_be_done_is_said(case, made, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_memory_is_for_the_images_that_are_used(made, tmp_path):
+    """Of a file as of a folder, and of many images in it 256."""
+
+    def estimate(*words):
+        result = run(made, "projector", tmp_path / "out", "--to", "depthwise", "--dry-run", "--json", *words)
+        return reported(result)["peak_memory_estimate_bytes"]
+
+    for count in (256, 300):
+        x = torch.zeros(count, 64, 16, dtype=torch.float16)
+        save_file({"features": x}, tmp_path / f"{count}.safetensors")
+    few = estimate("--features", "features.safetensors")
+    assert few == estimate("--images", "images", "--vision-tower", "tower")
+    many = estimate("--features", tmp_path / "256.safetensors")
+    assert many - few == (256 - 8) * 3 * 4 * 64 * 16
+    assert estimate("--features", tmp_path / "300.safetensors") == many
+
+
 def test_too_little_memory_and_an_interruption_leave_nothing(made, tmp_path, monkeypatch):
     from sp_fast.compress import job
 

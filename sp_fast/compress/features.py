@@ -11,6 +11,7 @@ from torch import Tensor
 from sp_fast.config import SPProjectorConfig
 from sp_fast.errors import CheckpointError, ConfigError
 from sp_fast.interface import check_patch_features
+from sp_fast.stored_tensor import StoredTensor
 from sp_fast.tensor_files import file_problem, read_file
 
 MOST = 256  # images that are used of many: 600 MB of features at the published widths
@@ -58,6 +59,11 @@ def split(features: Tensor, origin: str, config: SPProjectorConfig) -> Features:
     return Features(origin, *(features[chosen].float() for chosen in (place < 2, place == 2, place == 3)))
 
 
+def stored_count(path: Path) -> int:
+    """How many images ``stored_features`` gives; only names and shapes are read, errors are the same."""
+    return len(spread(_stored(path).shape[0]))
+
+
 def stored_features(path: Path) -> Tensor:
     """The tensor "features" of a safetensors file, or its only one: ``[n, N, C]``, CLS removed, row-major.
 
@@ -66,16 +72,20 @@ def stored_features(path: Path) -> Tensor:
     Raises:
         CheckpointError: no such file, a damaged one, or one without it.
     """
+    stored = _stored(path)
+    return stored.load()[spread(stored.shape[0])]
+
+
+def _stored(path: Path) -> StoredTensor:
     if problem := file_problem(path):
         raise CheckpointError(f"{path} {problem}: give a safetensors file of patch features")
     tensors = read_file(path)
     found = tensors.get(_NAME) or (next(iter(tensors.values())) if len(tensors) == 1 else None)
-    if found is None or found.dtype is None:
+    if found is None or found.dtype is None or len(found.shape) != 3:
         raise CheckpointError(
             f"{path} has no floating-point tensor {_NAME!r} [images, patches, width]: save it as that"
         )
-    loaded = found.load()
-    return loaded[spread(len(loaded))] if loaded.dim() == 3 else loaded
+    return found
 
 
 def random_features(config: SPProjectorConfig, seed: int = 0) -> Features:

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from sp_fast.compress.features import LEAST, RANDOM, SPLIT, Features, random_features, split, stored_features
+from sp_fast.compress.features import (
+    LEAST,
+    RANDOM,
+    SPLIT,
+    Features,
+    random_features,
+    split,
+    stored_count,
+    stored_features,
+)
 from sp_fast.compress.figure import draw
 from sp_fast.compress.full import Full
 from sp_fast.compress.request import Request, check_options, sweep, target
@@ -202,9 +211,7 @@ class Compression:
         unfolded = 4 * largest * config.vision_width * config.spatial_width
         made = [_size(c, torch.float32).bytes for c in (self.config, *self._sweep.values())]
         copies = 6 if self.request.distill else 4
-        images = len(self.files) or RANDOM
-        if self.request.features:
-            images = max(LEAST, self.request.features.stat().st_size // (2 * config.patch_tokens * config.vision_width))
+        images = stored_count(self.request.features) if self.request.features else len(self.files) or RANDOM
         rows = config.patch_tokens * config.vision_width * 4
         if self.config.extractor == "full":  # which is quantised as a whole
             copies = 1
