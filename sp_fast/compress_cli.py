@@ -35,7 +35,7 @@ def compress(
     quantize: Annotated[str | None, typer.Option(help="Store weights as int8, fp8 or int4.")] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of images to fit to, and to judge by: at least 4, at most 256 are used."),
+        typer.Option(help="Folder of images to fit to, and to judge by: at least 4 to fit, at most 256 are used."),
     ] = None,
     vision_tower: Annotated[
         Path | None, typer.Option(help="Folder of the CLIP or SigLIP tower for --images; a whole model has its own.")

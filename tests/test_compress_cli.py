@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 from sp_fast import SPProjector
 from sp_fast.cli import app
 from sp_fast.compress import least_squares
+from sp_fast.compress.full import Full
 from sp_fast.compress.job import Compression
 from sp_fast.llava_sp.official_names import PROJECTOR
 from sp_fast.tensor_files import stored_tensors
@@ -99,6 +99,7 @@ def test_full_to_compact_to_an_answer(made, tmp_path):
     card = (out / "README.md").read_text()
     assert card.splitlines()[0] == "# small"
     assert "## Compressed" in card
+    assert "fitted" not in card
     size = sum(t.load().numel() * t.load().itemsize for name, t in after.items() if name.startswith(PROJECTOR))
     assert report["after"]["bytes"] == size == 4 * report["after"]["parameters"]
     assert [point["value"] for point in report["sweep"]] == [1, 2, 4, 8, 16]
@@ -117,13 +118,13 @@ def test_full_to_compact_to_an_answer(made, tmp_path):
     ],
 )
 def test_the_errors_are_those_of_what_was_written(made, tmp_path, words, extractor, scheme):
-    """Held out are the fourth and the eighth image."""
+    """Held out are the fourth and the eighth image; where nothing is fitted, all are."""
     result = run(made, "projector", tmp_path / "out", *words, "--features", "features.safetensors", "--json")
     report = reported(result)
     full, small = (SPProjector.from_pretrained(path) for path in (made / "projector", tmp_path / "out"))
     assert (small.config.extractor, small.config.quantization) == (extractor, scheme)
     assert small.config.to_dict() == report["config"]
-    x = features_for(full.config, 8)[[3, 7]]
+    x = features_for(full.config, 8)[[3, 7] if extractor != "full" else slice(None)]
     with torch.no_grad():
         exact, found = full.intermediates(x), small.intermediates(x)
     count = full.config.spatial_tokens
@@ -140,7 +141,26 @@ def test_the_errors_are_those_of_what_was_written(made, tmp_path, words, extract
 def test_a_quantised_model_answers(made, tmp_path):
     report = reported(run(made, "model", tmp_path / "int8", "--quantize", "int8", "--json"))
     assert report["errors"][-1]["relative"] < 1e-2
+    assert report["fitted_to"].startswith("nothing")
+    assert "Nothing was fitted" in (tmp_path / "int8" / "README.md").read_text()
     assert answers(tmp_path / "int8", made / "images" / "0.png")
+
+
+def test_quantising_alone_fits_nothing(made, tmp_path, monkeypatch):
+    """All images judge, be they few, and no more of them are computed."""
+    counts = []
+    z = Full.z
+    monkeypatch.setattr(Full, "z", lambda self, x: counts.append(len(x)) or z(self, x))
+    result = run(made, "model", tmp_path / "out", "--quantize", "int8", "--images", "three")
+    assert result.exit_code == 0, result.output
+    assert counts == [3]
+    assert "fitted to nothing, as weights are quantised" in result.stdout
+    assert f"judged on all images of {made / 'three'}, 256 at most" in result.stdout
+    assert "held" not in result.stdout.replace(str(tmp_path), "")
+    save_file({"features": torch.zeros(0, 64, 16)}, tmp_path / "none.safetensors")
+    result = run(made, "projector", tmp_path / "no", "--quantize", "int8", "--features", tmp_path / "none.safetensors")
+    assert (result.exit_code, (tmp_path / "no").exists()) == (1, False)
+    assert "has no images: give one at least" in result.stderr
 
 
 def test_official_files_by_a_tower(made, tmp_path):
@@ -172,64 +192,6 @@ def test_the_tables(made, tmp_path):
     assert run(made, "projector", tmp_path / "out", "--to", "depthwise", "--force").exit_code == 0
     assert SPProjector.from_pretrained(tmp_path / "out").config.extractor == "depthwise"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-def test_force_spares_what_is_read(made, tmp_path):
-    """Features, or images, in the folder that would be replaced."""
-    out = tmp_path / "out"
-    assert run(made, "projector", out, "--to", "depthwise").exit_code == 0
-    for file in (made / "features.safetensors", made / "images" / "0.png"):
-        shutil.copy(file, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    images = tmp_path / "images"
-    shutil.copytree(made / "images", images)
-    (images / "other.png").symlink_to(out / "0.png")
-    for words in (
-        ("--features", out / "features.safetensors"),
-        ("--images", images, "--vision-tower", "tower"),
-    ):
-        result = run(made, "projector", out, "--to", "depthwise", "--force", *words)
-        assert result.exit_code == 1
-        assert "which is read: write to another folder" in result.stderr
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_a_plot_takes_nobody_elses_place(made, tmp_path, monkeypatch):
-    """What may not be drawn shows before any work."""
-    words, out, plot = ("--to", "separable", "--rank", 4), tmp_path / "out", tmp_path / "plot.svg"
-    plot.write_text("mine")
-    with monkeypatch.context() as patch:
-        patch.setattr(Compression, "run", lambda *_: pytest.fail("worked"))
-        for place, more, message in (
-            (plot, (), "exists: draw to another file, or overwrite it with --force"),
-            (out / "plot.svg", (), "lies in"),
-            (out / "plot.svg", ("--force",), "lies in"),
-        ):
-            result = run(made, "projector", out, *words, "--plot", place, *more)
-            assert result.exit_code == 1, result.output
-            assert message in result.stderr
-            assert plot.read_text() == "mine"
-            out.mkdir(exist_ok=True)
-    assert run(made, "projector", out, *words, "--plot", plot, "--force").exit_code == 0
-    assert "<svg" in plot.read_text()
-
-
-def test_a_plot_costs_no_compression(made, tmp_path, monkeypatch):
-    """Its title, which names a path, is no formula; where it cannot be drawn, the projector is there all the same."""
-    words, out, plot = ("--to", "separable", "--rank", 4), tmp_path / "out", tmp_path / "plot.svg"
-    features = shutil.copy(made / "features.safetensors", tmp_path / "im$a_$b.safetensors")
-    result = run(made, "projector", out, *words, "--features", features, "--plot", plot)
-    assert result.exit_code == 0, result.output
-    assert "im$a_$b" in plot.read_text()
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    result = run(made, "projector", tmp_path / "other", *words, "--plot", tmp_path / "other.svg")
-    assert result.exit_code == 1
-    assert "cannot be written (No space left on device), though all else was" in result.stderr
-    assert SPProjector.from_pretrained(tmp_path / "other").config.extractor == "separable"
 
 
 WRONG = {

@@ -23,7 +23,7 @@ _NAME = "features"
 
 @dataclass(frozen=True)
 class Features:
-    """``[n, N, C]`` float32 each. Without images there is only ``held_out``, at random."""
+    """``[n, N, C]`` float32 each. Where nothing is fitted there is only ``held_out``, which judges."""
 
     origin: str
     fitted: Tensor
@@ -47,16 +47,28 @@ def split(features: Tensor, origin: str, config: SPProjectorConfig) -> Features:
     Raises:
         ConfigError: too few images, another width or grid than the projector's, NaN or infinite values.
     """
+    _check(features, origin, config)
+    if len(features) < LEAST:
+        raise ConfigError(f"{origin} has {len(features)} images, and {LEAST} are needed at least: {SPLIT}")
+    place = torch.arange(len(features)) % 4
+    return Features(origin, *(features[chosen].float() for chosen in (place < 2, place == 2, place == 3)))
+
+
+def only_judging(features: Tensor, origin: str, config: SPProjectorConfig) -> Features:
+    """All of the features ``[n, N, C]`` judge, where nothing is fitted. Raises ConfigError as ``split`` does."""
+    _check(features, origin, config)
+    if not len(features):
+        raise ConfigError(f"{origin} has no images: give one at least")
+    return Features(origin, features[:0].float(), features[:0].float(), features.float())
+
+
+def _check(features: Tensor, origin: str, config: SPProjectorConfig) -> None:
     try:
         check_patch_features(features, config)
     except ValueError as error:
         raise ConfigError(f"{origin}: {error}") from error
-    if len(features) < LEAST:
-        raise ConfigError(f"{origin} has {len(features)} images, and {LEAST} are needed at least: {SPLIT}")
     if not features.isfinite().all():
         raise ConfigError(f"{origin} has NaN or infinite values: compute the features again")
-    place = torch.arange(len(features)) % 4
-    return Features(origin, *(features[chosen].float() for chosen in (place < 2, place == 2, place == 3)))
 
 
 def stored_count(path: Path) -> int:

@@ -12,9 +12,11 @@ import torch
 
 from sp_fast.compress.features import (
     LEAST,
+    MOST,
     RANDOM,
     SPLIT,
     Features,
+    only_judging,
     random_features,
     split,
     stored_count,
@@ -124,7 +126,7 @@ class Compression:
             from sp_fast.compress.images import image_files
 
             self.files = image_files(request.images)
-            if len(self.files) < LEAST:
+            if request.to and len(self.files) < LEAST:
                 raise ConfigError(
                     f"{request.images} has {len(self.files)} images, and {LEAST} are needed at least: {SPLIT}"
                 )
@@ -165,8 +167,9 @@ class Compression:
 
     def _features(self, say: Say) -> Features:
         request, config = self.request, self.source.config
+        shared = split if request.to else only_judging
         if request.features:
-            return split(stored_features(request.features), str(request.features), config)
+            return shared(stored_features(request.features), str(request.features), config)
         if not self.files:
             return random_features(config)
         from sp_fast.compress.images import features_of_model, features_of_tower
@@ -175,7 +178,7 @@ class Compression:
             found = features_of_model(self.source.assembly, self.files, say)
         else:
             found = features_of_tower(request.vision_tower, self.files, say)
-        return split(found, f"{len(self.files)} images of {request.images}", config)
+        return shared(found, f"{len(self.files)} images of {request.images}", config)
 
     def _title(self, outcome: Outcome) -> str:
         what = "rank" if self.config.rank is not None else "groups"
@@ -183,8 +186,7 @@ class Compression:
 
     def _plan(self) -> Plan:
         request, dtype = self.request, self.source.dtype
-        given = request.images or request.features
-        judged = f"a quarter of {given}: {SPLIT}" if given else f"{RANDOM} images of random features with a common mean"
+        fitted_to, judged_on = self._said()
         return Plan(
             source=str(request.source),
             kind=self.source.kind,
@@ -195,12 +197,22 @@ class Compression:
             config=self.config.to_dict(),
             before=_size(self.source.config, dtype),
             after=_size(self.config, dtype),
-            fitted_to=f"the features of {given}" if given else "the weights alone, as no images or features are given",
-            judged_on=judged,
+            fitted_to=fitted_to,
+            judged_on=judged_on,
             distillation_steps=request.distill,
             sweep=list(self._sweep),
             peak_memory_estimate_bytes=self._memory(),
         )
+
+    def _said(self) -> tuple[str, str]:
+        """What the compression is fitted to, and judged on."""
+        given, fits = self.request.images or self.request.features, self.request.to is not None
+        fitted_to = "the weights alone, as no images or features are given"
+        judged_on = f"{RANDOM} images of random features with a common mean"
+        if given:
+            fitted_to = f"the features of {given}"
+            judged_on = f"a quarter of {given}: {SPLIT}" if fits else f"all images of {given}, {MOST} at most"
+        return fitted_to if fits else "nothing, as weights are quantised and no more", judged_on
 
     def _memory(self) -> int:
         """An estimate: the full projector as it is held, a convolution in float32 with an unfolded copy, the largest

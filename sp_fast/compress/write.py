@@ -23,7 +23,7 @@ _CARD = """{own}
 ## Compressed
 
 The projector of this model is not the original's: sp_fast {version} made it from that by `sp-fast compress`, as
-`extractor={extractor}`, `quantization={quantization}`. Vision tower and language model are as they were.
+`extractor={extractor}`, `quantization={quantization}`. {fit}Vision tower and language model are as they were.
 """
 
 
@@ -73,5 +73,7 @@ def _write_beside(assembly: Assembly, path: Path, projector: SPProjector, folder
     card = path / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {name}\n"
     made = projector.config
-    said = _CARD.format(own=text, version=__version__, extractor=made.extractor, quantization=made.quantization)
+    fit = "Nothing was fitted: its weights are the original's, rounded. " if made.extractor == "full" else ""
+    words = {"extractor": made.extractor, "quantization": made.quantization, "fit": fit}
+    said = _CARD.format(own=text, version=__version__, **words)
     (folder / "README.md").write_text(said, encoding="utf-8")
