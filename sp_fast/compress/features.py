@@ -47,28 +47,31 @@ def split(features: Tensor, origin: str, config: SPProjectorConfig) -> Features:
     Raises:
         ConfigError: too few images, another width or grid than the projector's, NaN or infinite values.
     """
-    _check(features, origin, config)
+    features = _checked(features, origin, config)
     if len(features) < LEAST:
         raise ConfigError(f"{origin} has {len(features)} images, and {LEAST} are needed at least: {SPLIT}")
     place = torch.arange(len(features)) % 4
-    return Features(origin, *(features[chosen].float() for chosen in (place < 2, place == 2, place == 3)))
+    return Features(origin, *(features[chosen] for chosen in (place < 2, place == 2, place == 3)))
 
 
 def only_judging(features: Tensor, origin: str, config: SPProjectorConfig) -> Features:
     """All of the features ``[n, N, C]`` judge, where nothing is fitted. Raises ConfigError as ``split`` does."""
-    _check(features, origin, config)
+    features = _checked(features, origin, config)
     if not len(features):
         raise ConfigError(f"{origin} has no images: give one at least")
-    return Features(origin, features[:0].float(), features[:0].float(), features.float())
+    return Features(origin, features[:0], features[:0], features)
 
 
-def _check(features: Tensor, origin: str, config: SPProjectorConfig) -> None:
+def _checked(features: Tensor, origin: str, config: SPProjectorConfig) -> Tensor:
+    """As float32, in which wider ones may be infinite."""
     try:
         check_patch_features(features, config)
     except ValueError as error:
         raise ConfigError(f"{origin}: {error}") from error
+    features = features.float()
     if not features.isfinite().all():
         raise ConfigError(f"{origin} has NaN or infinite values: compute the features again")
+    return features
 
 
 def stored_count(path: Path) -> int:

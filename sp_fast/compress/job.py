@@ -153,8 +153,11 @@ class Compression:
         points = []
         for value, config in self._sweep.items():
             say(f"{self.config.extractor}, {value}")
-            same = config == self.config
-            tried = made if same else make(teacher, config, self.source.dtype, self.request.distill, say)
+            try:
+                same = config == self.config
+                tried = made if same else make(teacher, config, self.source.dtype, self.request.distill, say)
+            except ConfigError:  # beyond what the type holds
+                continue
             points.append((value, _size(config, self.source.dtype).spatial_parameters, tried.errors[-1].relative))
         return Outcome(made, features.origin, points)
 
