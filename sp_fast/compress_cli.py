@@ -35,7 +35,7 @@ def compress(
     quantize: Annotated[str | None, typer.Option(help="Store weights as int8, fp8 or int4.")] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of images to fit to, and to judge by: at least 4, at most 256 are used."),
+        typer.Option(help="Folder of images to fit to, and to judge by: at least 4 to fit, at most 256 are used."),
     ] = None,
     vision_tower: Annotated[
         Path | None, typer.Option(help="Folder of the CLIP or SigLIP tower for --images; a whole model has its own.")
@@ -53,7 +53,9 @@ def compress(
     plot: Annotated[
         Path | None, typer.Option(help="SVG file: error against parameters, over other ranks or groups (takes longer).")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT, once the compression has succeeded.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT, and PLOT, once the compression has succeeded.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, print the plan, write nothing; no weights are read.")
     ] = False,
@@ -77,23 +79,24 @@ def compress(
     outcome = None
     try:
         with errors.status("reading names and shapes") as status:
-            from sp_fast.compress.job import Compression, Request
+            from sp_fast.compress.job import Compression
             from sp_fast.compress.report import print_outcome, print_plan
+            from sp_fast.compress.request import Request
 
             request = Request(
-                source,
-                out,
-                to,
-                rank,
-                groups,
-                base_kernel,
-                quantize,
-                grid,
-                images,
-                vision_tower,
-                features,
-                distill,
-                plot,
+                source=source,
+                out=out,
+                to=to,
+                rank=rank,
+                groups=groups,
+                base_kernel=base_kernel,
+                quantize=quantize,
+                grid=grid,
+                images=images,
+                vision_tower=vision_tower,
+                features=features,
+                distill=distill,
+                plot=plot,
             )
             compression = Compression(request, force)
             if not dry_run:

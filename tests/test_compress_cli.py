@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from sp_fast import SPProjector
 from sp_fast.cli import app
 from sp_fast.compress import least_squares
+from sp_fast.compress.full import Full
 from sp_fast.compress.job import Compression
 from sp_fast.llava_sp.official_names import PROJECTOR
 from sp_fast.tensor_files import stored_tensors
@@ -95,7 +96,10 @@ def test_full_to_compact_to_an_answer(made, tmp_path):
     others = {name for name in before if not name.startswith(PROJECTOR)}
     assert others == {name for name in after if not name.startswith(PROJECTOR)}
     assert all(torch.equal(before[name].load(), after[name].load()) for name in others)
-    assert "## Compressed" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert card.splitlines()[0] == "# small"
+    assert "## Compressed" in card
+    assert "fitted" not in card
     size = sum(t.load().numel() * t.load().itemsize for name, t in after.items() if name.startswith(PROJECTOR))
     assert report["after"]["bytes"] == size == 4 * report["after"]["parameters"]
     assert [point["value"] for point in report["sweep"]] == [1, 2, 4, 8, 16]
@@ -114,13 +118,13 @@ def test_full_to_compact_to_an_answer(made, tmp_path):
     ],
 )
 def test_the_errors_are_those_of_what_was_written(made, tmp_path, words, extractor, scheme):
-    """Held out are the fourth and the eighth image."""
+    """Held out are the fourth and the eighth image; where nothing is fitted, all are."""
     result = run(made, "projector", tmp_path / "out", *words, "--features", "features.safetensors", "--json")
     report = reported(result)
     full, small = (SPProjector.from_pretrained(path) for path in (made / "projector", tmp_path / "out"))
     assert (small.config.extractor, small.config.quantization) == (extractor, scheme)
     assert small.config.to_dict() == report["config"]
-    x = features_for(full.config, 8)[[3, 7]]
+    x = features_for(full.config, 8)[[3, 7] if extractor != "full" else slice(None)]
     with torch.no_grad():
         exact, found = full.intermediates(x), small.intermediates(x)
     count = full.config.spatial_tokens
@@ -137,7 +141,26 @@ def test_the_errors_are_those_of_what_was_written(made, tmp_path, words, extract
 def test_a_quantised_model_answers(made, tmp_path):
     report = reported(run(made, "model", tmp_path / "int8", "--quantize", "int8", "--json"))
     assert report["errors"][-1]["relative"] < 1e-2
+    assert report["fitted_to"].startswith("nothing")
+    assert "Nothing was fitted" in (tmp_path / "int8" / "README.md").read_text()
     assert answers(tmp_path / "int8", made / "images" / "0.png")
+
+
+def test_quantising_alone_fits_nothing(made, tmp_path, monkeypatch):
+    """All images judge, be they few, and no more of them are computed."""
+    counts = []
+    z = Full.z
+    monkeypatch.setattr(Full, "z", lambda self, x: counts.append(len(x)) or z(self, x))
+    result = run(made, "model", tmp_path / "out", "--quantize", "int8", "--images", "three")
+    assert result.exit_code == 0, result.output
+    assert counts == [3]
+    assert "fitted to nothing, as weights are quantised" in result.stdout
+    assert f"judged on all images of {made / 'three'}, 256 at most" in result.stdout
+    assert "held" not in result.stdout.replace(str(tmp_path), "")
+    save_file({"features": torch.zeros(0, 64, 16)}, tmp_path / "none.safetensors")
+    result = run(made, "projector", tmp_path / "no", "--quantize", "int8", "--features", tmp_path / "none.safetensors")
+    assert (result.exit_code, (tmp_path / "no").exists()) == (1, False)
+    assert "has no images: give one at least" in result.stderr
 
 
 def test_official_files_by_a_tower(made, tmp_path):
@@ -216,6 +239,23 @@ def test_what_cannot_be_done_is_said(case, made, tmp_path):
     assert result.exit_code == 1, result.output
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_for_the_images_that_are_used(made, tmp_path):
+    """Of a file as of a folder, and of many images in it 256."""
+
+    def estimate(*words):
+        result = run(made, "projector", tmp_path / "out", "--to", "depthwise", "--dry-run", "--json", *words)
+        return reported(result)["peak_memory_estimate_bytes"]
+
+    for count in (256, 300):
+        x = torch.zeros(count, 64, 16, dtype=torch.float16)
+        save_file({"features": x}, tmp_path / f"{count}.safetensors")
+    few = estimate("--features", "features.safetensors")
+    assert few == estimate("--images", "images", "--vision-tower", "tower")
+    many = estimate("--features", tmp_path / "256.safetensors")
+    assert many - few == (256 - 8) * 3 * 4 * 64 * 16
+    assert estimate("--features", tmp_path / "300.safetensors") == many
 
 
 def test_too_little_memory_and_an_interruption_leave_nothing(made, tmp_path, monkeypatch):

@@ -31,7 +31,10 @@ def distil(
     """
     trained = [*projector.extractor.parameters(), *projector.output.parameters()]
     groups = [{"params": [p], "lr": RATE * float(p.detach().square().mean().sqrt())} for p in trained]
-    optimizer = torch.optim.AdamW([g for g in groups if g["lr"] > 0], weight_decay=0.0)
+    groups = [group for group in groups if group["lr"] > 0]
+    if not groups:  # zeros alone, which are what a projector of zeros has
+        return
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(_SEED)
     best, least = _copies(trained), _error(projector, *deciding)

@@ -10,10 +10,21 @@ from typing import Any
 
 import torch
 
-from sp_fast.compact_config import COMPACT
-from sp_fast.compress.features import LEAST, RANDOM, SPLIT, Features, random_features, split, stored_features
+from sp_fast.compress.features import (
+    LEAST,
+    MOST,
+    RANDOM,
+    SPLIT,
+    Features,
+    only_judging,
+    random_features,
+    split,
+    stored_count,
+    stored_features,
+)
 from sp_fast.compress.figure import draw
 from sp_fast.compress.full import Full
+from sp_fast.compress.request import Request, check_options, sweep, target
 from sp_fast.compress.source import read_source
 from sp_fast.compress.student import Made, Teacher, make
 from sp_fast.compress.write import check_out, write
@@ -24,38 +35,7 @@ from sp_fast.projector import SPProjector
 
 Say = Callable[[str], Any]
 _PROGRAM = 700 * 2**20  # torch and transformers, imported
-_SWEEP = (0.125, 0.25, 0.5, 1, 2, 4)  # of the rank or the groups that were asked for
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # ranks of the spectrum
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to compress, and how.
-
-    Args:
-        to: a compact extractor, or None where only ``quantize`` is asked for.
-        rank, groups, base_kernel: of the extractor, as in ``SPProjectorConfig``.
-        quantize: "int8", "fp8", "int4" or None.
-        grid: patches along a side, where an official checkpoint cannot tell.
-        images, vision_tower: folders; a whole model has its own tower.
-        features: a safetensors file instead.
-        distill: steps.
-        plot: an SVG file, for a sweep of ranks or groups.
-    """
-
-    source: Path
-    out: Path
-    to: str | None = None
-    rank: int | None = None
-    groups: int | None = None
-    base_kernel: int | None = None
-    quantize: str | None = None
-    grid: int | None = None
-    images: Path | None = None
-    vision_tower: Path | None = None
-    features: Path | None = None
-    distill: int = 0
-    plot: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +101,7 @@ def shown(kept: list[float], rank: int) -> dict[int, float]:
 
 
 class Compression:
-    """A request that was checked. ``plan`` costs nothing; ``run`` makes the projector, ``write`` the folder.
+    """A request that was checked. ``plan`` costs nothing; ``run`` makes the projector, ``write`` the files.
 
     Raises:
         ConfigError: what cannot be made, or options that do not go together.
@@ -131,7 +111,7 @@ class Compression:
 
     def __init__(self, request: Request, force: bool = False) -> None:
         self.request = request
-        _check_options(request)
+        check_options(request, force)
         self.source = read_source(request.source, request.grid)
         if self.source.kind == "model" and request.vision_tower:
             raise ConfigError(f"{request.source} has a vision tower of its own: leave out --vision-tower")
@@ -139,18 +119,19 @@ class Compression:
             raise ConfigError("--images needs the vision tower that the projector was trained with: --vision-tower DIR")
         if request.grid is not None and self.source.kind != "official":
             raise ConfigError(f"--grid is for official checkpoints, and {request.source} says its own: leave it out")
-        self.config = _target(self.source.config, request)
-        self._sweep = _sweep(self.config, request) if request.plot else {}
+        self.config = target(self.source.config, request)
+        self._sweep = sweep(self.config, request) if request.plot else {}
         self.files: list[Path] = []
         if request.images:
             from sp_fast.compress.images import image_files
 
             self.files = image_files(request.images)
-            if len(self.files) < LEAST:
+            if request.to and len(self.files) < LEAST:
                 raise ConfigError(
                     f"{request.images} has {len(self.files)} images, and {LEAST} are needed at least: {SPLIT}"
                 )
-        check_out(request.out, force, [p for p in (request.source, request.vision_tower, request.images) if p])
+        read = (request.source, request.vision_tower, request.images, request.features)
+        check_out(request.out, force, [*filter(None, read), *self.files])
         self.plan = self._plan()
 
     def check_memory(self) -> None:
@@ -172,22 +153,26 @@ class Compression:
         points = []
         for value, config in self._sweep.items():
             say(f"{self.config.extractor}, {value}")
-            same = config == self.config
-            tried = made if same else make(teacher, config, self.source.dtype, self.request.distill, say)
+            try:
+                same = config == self.config
+                tried = made if same else make(teacher, config, self.source.dtype, self.request.distill, say)
+            except ConfigError:  # beyond what the type holds
+                continue
             points.append((value, _size(config, self.source.dtype).spatial_parameters, tried.errors[-1].relative))
-        if self.request.plot:
-            labelled = [(str(value), size, error) for value, size, error in points]
-            draw(labelled, self.plan.before.spatial_parameters, self._title(features), self.request.plot)
         return Outcome(made, features.origin, points)
 
     def write(self, outcome: Outcome, force: bool, say: Say) -> None:
-        """The folder of a projector, or of a whole model; it appears whole or not at all."""
+        """The folder of a projector, or of a whole model; it appears whole or not at all. Then the plot."""
         write(self.source, outcome.made.projector, self.request.out, force, say)
+        if self.request.plot:
+            labelled = [(str(value), size, error) for value, size, error in outcome.sweep]
+            draw(labelled, self.plan.before.spatial_parameters, self._title(outcome), self.request.plot)
 
     def _features(self, say: Say) -> Features:
         request, config = self.request, self.source.config
+        shared = split if request.to else only_judging
         if request.features:
-            return split(stored_features(request.features), str(request.features), config)
+            return shared(stored_features(request.features), str(request.features), config)
         if not self.files:
             return random_features(config)
         from sp_fast.compress.images import features_of_model, features_of_tower
@@ -196,16 +181,15 @@ class Compression:
             found = features_of_model(self.source.assembly, self.files, say)
         else:
             found = features_of_tower(request.vision_tower, self.files, say)
-        return split(found, f"{len(self.files)} images of {request.images}", config)
+        return shared(found, f"{len(self.files)} images of {request.images}", config)
 
-    def _title(self, features: Features) -> str:
+    def _title(self, outcome: Outcome) -> str:
         what = "rank" if self.config.rank is not None else "groups"
-        return f"{self.config.extractor}, by {what}\n{features.origin}"
+        return f"{self.config.extractor}, by {what}\n{outcome.features}"
 
     def _plan(self) -> Plan:
         request, dtype = self.request, self.source.dtype
-        given = request.images or request.features
-        judged = f"a quarter of {given}: {SPLIT}" if given else f"{RANDOM} images of random features with a common mean"
+        fitted_to, judged_on = self._said()
         return Plan(
             source=str(request.source),
             kind=self.source.kind,
@@ -216,12 +200,22 @@ class Compression:
             config=self.config.to_dict(),
             before=_size(self.source.config, dtype),
             after=_size(self.config, dtype),
-            fitted_to=f"the features of {given}" if given else "the weights alone, as no images or features are given",
-            judged_on=judged,
+            fitted_to=fitted_to,
+            judged_on=judged_on,
             distillation_steps=request.distill,
             sweep=list(self._sweep),
             peak_memory_estimate_bytes=self._memory(),
         )
+
+    def _said(self) -> tuple[str, str]:
+        """What the compression is fitted to, and judged on."""
+        given, fits = self.request.images or self.request.features, self.request.to is not None
+        fitted_to = "the weights alone, as no images or features are given"
+        judged_on = f"{RANDOM} images of random features with a common mean"
+        if given:
+            fitted_to = f"the features of {given}"
+            judged_on = f"a quarter of {given}: {SPLIT}" if fits else f"all images of {given}, {MOST} at most"
+        return fitted_to if fits else "nothing, as weights are quantised and no more", judged_on
 
     def _memory(self) -> int:
         """An estimate: the full projector as it is held, a convolution in float32 with an unfolded copy, the largest
@@ -232,57 +226,11 @@ class Compression:
         unfolded = 4 * largest * config.vision_width * config.spatial_width
         made = [_size(c, torch.float32).bytes for c in (self.config, *self._sweep.values())]
         copies = 6 if self.request.distill else 4
-        images = len(self.files) or RANDOM
-        if self.request.features:
-            images = max(LEAST, self.request.features.stat().st_size // (2 * config.patch_tokens * config.vision_width))
+        images = stored_count(self.request.features) if self.request.features else len(self.files) or RANDOM
         rows = config.patch_tokens * config.vision_width * 4
         if self.config.extractor == "full":  # which is quantised as a whole
             copies = 1
         return _PROGRAM + _size(config, held).bytes + 2 * unfolded + copies * max(made) + 3 * rows * images
-
-
-def _check_options(request: Request) -> None:
-    if request.to is None and request.quantize is None:
-        raise ConfigError(f"nothing is asked for: say --to {', '.join(COMPACT)}, or --quantize int8, fp8, int4")
-    if request.to == "full":
-        raise ConfigError(f"--to full is what the source is already: choose one of {', '.join(COMPACT)}")
-    if request.to is not None and request.to not in COMPACT:
-        raise ConfigError(f"--to {request.to} is no compact extractor: choose one of {', '.join(COMPACT)}")
-    if request.images and request.features:
-        raise ConfigError("--images and --features give the same: leave one out")
-    if request.vision_tower and not request.images:
-        raise ConfigError("--vision-tower is for the images of --images: give those, or leave it out")
-    if request.distill and not (request.images or request.features):
-        raise ConfigError("--distill needs what the model will see: give --images or --features")
-    if request.distill and request.to is None:
-        raise ConfigError("--distill trains a compact extractor, and quantised weights cannot be trained: say --to")
-    if request.plot and (request.plot.suffix != ".svg" or not request.plot.resolve().parent.is_dir()):
-        raise ConfigError(f"--plot {request.plot} must be an .svg file in a folder that is there")
-    if request.features and not request.features.is_file():
-        raise ConfigError(f"--features {request.features} is no file: give patch features as safetensors")
-
-
-def _target(config: SPProjectorConfig, request: Request) -> SPProjectorConfig:
-    """Raises ConfigError for a rank, groups or a kernel that cannot be, or that the kind does not read."""
-    given = {"rank": request.rank, "groups": request.groups, "base_kernel": request.base_kernel}
-    extractor = request.to or config.extractor
-    return replace(config, extractor=extractor, quantization=request.quantize, **given)
-
-
-def _sweep(config: SPProjectorConfig, request: Request) -> dict[int, SPProjectorConfig]:
-    """Ranks, or groups, around the one that was asked for."""
-    name = "rank" if config.rank is not None else "groups"
-    if (middle := getattr(config, name)) is None:
-        raise ConfigError(
-            f"--plot tries ranks or groups, and {config.extractor} without a rank has neither: leave it out"
-        )
-    found: dict[int, SPProjectorConfig] = {}
-    for value in sorted({max(1, round(middle * factor)) for factor in _SWEEP}):
-        try:
-            found[value] = replace(config, **{name: value})
-        except ConfigError:  # beyond what the widths allow
-            continue
-    return found
 
 
 def _size(config: SPProjectorConfig, dtype: torch.dtype) -> Size:

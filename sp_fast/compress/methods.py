@@ -103,7 +103,7 @@ def grouped(full: Full, config: SPProjectorConfig, metric: Metric) -> Fit:
         )
         total += _energy(kernel)
     packed = {name: weight.transpose(0, 1).contiguous() for name, weight in _packed(full, blocks, "weight").items()}
-    return Fit(packed, [Spectrum("inside the groups", [inside / total], None)])
+    return Fit(packed, [Spectrum("inside the groups", [inside / (total or 1.0)], None)])
 
 
 def separable(full: Full, config: SPProjectorConfig, metric: Metric) -> Fit:
@@ -155,7 +155,7 @@ def nested(full: Full, config: SPProjectorConfig, metric: Metric) -> Fit:
         total += _energy(kernel)
     shared /= counts[:, None, None]
     weighed = shared * counts.sqrt()[:, None, None]
-    sharing = Spectrum("shared by the levels", [_energy(weighed) / total], None)
+    sharing = Spectrum("shared by the levels", [_energy(weighed) / (total or 1.0)], None)
     return _narrowed({"shared_weight": shared}, [weighed], config, metric, sharing)
 
 
@@ -182,7 +182,7 @@ def resampled(full: Full, config: SPProjectorConfig, metric: Metric) -> Fit:
         kernels.append(torch.einsum("jk,kcd->jcd", inverse.float(), right))
         root = vectors[:, seen] * values[seen].sqrt() @ vectors[:, seen].t()
         weighed.append(torch.einsum("jk,kcd->jcd", root.float(), kernels[-1]))
-    sharing = Spectrum("one kernel, resampled", [sum(map(_energy, weighed)) / total], None)
+    sharing = Spectrum("one kernel, resampled", [sum(map(_energy, weighed)) / (total or 1.0)], None)
     weights = {"spatial_weight": kernels.pop(0)} if levels else {}
     if kernels:
         weights["detail_weight"] = torch.cat(kernels)

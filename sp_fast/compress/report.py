@@ -35,7 +35,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     """Energies, errors, and the sweep where there was one."""
     for spectrum in outcome.made.spectra:
         _line(console, _kept(spectrum))
-    table = Table("on held-out features", "relative error", "of what varies", box=box.SIMPLE)
+    table = Table("judged", "relative error", "of what varies", box=box.SIMPLE)
     for error in outcome.made.errors:
         varied = "" if error.of_variation is None else f"{error.of_variation:.3g}"
         table.add_row(error.name, f"{error.relative:.3g}", varied)

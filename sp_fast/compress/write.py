@@ -23,7 +23,7 @@ _CARD = """{own}
 ## Compressed
 
 The projector of this model is not the original's: sp_fast {version} made it from that by `sp-fast compress`, as
-`extractor={extractor}`, `quantization={quantization}`. Vision tower and language model are as they were.
+`extractor={extractor}`, `quantization={quantization}`. {fit}Vision tower and language model are as they were.
 """
 
 
@@ -51,7 +51,7 @@ def write(source: Source, projector: SPProjector, out: Path, force: bool, say: C
     tensors = source.assembly.rest | _stored(projector)
     with new_folder(out, sum(map(size_in_bytes, tensors.values()))) as folder:
         write_shards(folder, tensors, plan_shards(tensors, _SHARD_BYTES))
-        _write_beside(source.assembly, source.path, projector, folder)
+        _write_beside(source.assembly, source.path, projector, folder, out.resolve().name)
 
 
 def _stored(projector: SPProjector) -> dict[str, StoredTensor]:
@@ -63,14 +63,17 @@ def _stored(projector: SPProjector) -> dict[str, StoredTensor]:
     return {PROJECTOR + name: stored(tensor) for name, tensor in projector.state_dict().items()}
 
 
-def _write_beside(assembly: Assembly, path: Path, projector: SPProjector, folder: Path) -> None:
+def _write_beside(assembly: Assembly, path: Path, projector: SPProjector, folder: Path, name: str) -> None:
+    """``folder`` is hidden until it takes its place, where it has this name."""
     config = copy.deepcopy(assembly.config)
     config.projector_config = projector.config.to_dict()
     config.save_pretrained(folder)
     assembly.generation.save_pretrained(folder)
     assembly.processor.save_pretrained(folder)
     card = path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {folder.name}\n"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {name}\n"
     made = projector.config
-    said = _CARD.format(own=text, version=__version__, extractor=made.extractor, quantization=made.quantization)
+    fit = "Nothing was fitted: its weights are the original's, rounded. " if made.extractor == "full" else ""
+    words = {"extractor": made.extractor, "quantization": made.quantization, "fit": fit}
+    said = _CARD.format(own=text, version=__version__, **words)
     (folder / "README.md").write_text(said, encoding="utf-8")
