@@ -3,6 +3,9 @@
 from sp_fast import SPProjector, SPProjectorConfig
 from tests.helpers import randomised
 
+SMALL = SPProjectorConfig(  # a full one
+    grid=6, kernel_sizes=(2, 4, 6), detail_kernel=4, vision_width=16, spatial_width=8, text_width=24
+)
 KINDS = {
     "bottleneck": {"rank": 4},
     "depthwise": {},

@@ -69,6 +69,14 @@ def fewer_batches(tmp_path_factory):
 
 
 @pytest.fixture
+def few_steps(monkeypatch):
+    """Of compression's least squares, which have tests of their own."""
+    from sp_fast.compress import least_squares
+
+    monkeypatch.setattr(least_squares, "STEPS", 2)
+
+
+@pytest.fixture
 def quick_runs(monkeypatch):
     """Runs of training without what other tests look at."""
     from tests.tiny_training import quicken

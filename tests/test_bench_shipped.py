@@ -82,6 +82,24 @@ def test_compact_projectors_compile_too(variant):
         assert "copy a weight tile" in breach
 
 
+@pytest.mark.parametrize(
+    ("kernel", "chip", "dtype", "variant", "batch"),
+    [
+        ("windowed_matmul_fwd", 86, "bfloat16", "nested", 1),
+        ("windowed_matmul_columns", 120, "bfloat16", "nested", 16),
+        ("windowed_matmul_dweight", 120, "float32", "grouped", 1),
+        ("windowed_matmul_quantized", 80, "float32", "crop-dfi", 2),
+        ("windowed_matmul_quantized", 100, "float16", "crop-dfi", 1),
+    ],
+)
+def test_registers_suffice(kernel, chip, dtype, variant, batch):
+    """Where ptxas spilled, left to itself or with more registers than these."""
+    found = [c for c in configurations([str(chip)], [dtype], [variant], [batch]) if c.source.kernel == kernel]
+    assert found
+    for configuration in found:
+        assert judge(configuration).breaches == (), configuration
+
+
 @pytest.mark.parametrize("batch", [1, 8, 16])
 def test_arguments_are_specialised_as_triton_does(batch):
     backend = make_backend(GPUTarget("cuda", 90, 32))

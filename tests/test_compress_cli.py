@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from sp_fast import SPProjector
 from sp_fast.cli import app
-from sp_fast.compress import least_squares
 from sp_fast.compress.full import Full
 from sp_fast.compress.job import Compression
 from sp_fast.llava_sp.official_names import PROJECTOR
@@ -19,11 +18,7 @@ from sp_fast.tensor_files import stored_tensors
 from tests import official, tiny
 from tests.helpers import features_for, randomised
 
-
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
-    """Of least squares, which have tests of their own."""
-    monkeypatch.setattr(least_squares, "STEPS", 2)
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,16 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from sp_fast import SPProjector, SPProjectorConfig
+from sp_fast import SPProjector
 from sp_fast.cli import app
-from sp_fast.compress import least_squares
 from sp_fast.compress.features import split
 from sp_fast.compress.metric import metric_of
 from sp_fast.errors import ConfigError
+from tests.compact_forms import SMALL
 from tests.helpers import features_for, randomised
 
-SMALL = SPProjectorConfig(
-    grid=6, kernel_sizes=(2, 4, 6), detail_kernel=4, vision_width=16, spatial_width=8, text_width=24
-)
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 KINDS = {
     "bottleneck": ("--rank", 12),
     "depthwise": (),
@@ -28,12 +27,6 @@ KINDS = {
     "nested": (),
     "resampled": ("--rank", 4),
 }
-
-
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
-    """Of least squares, which have tests of their own."""
-    monkeypatch.setattr(least_squares, "STEPS", 2)
 
 
 def compressed(folder, projector, x, *words):

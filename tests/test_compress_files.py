@@ -8,16 +8,14 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from sp_fast import SPProjector, SPProjectorConfig
+from sp_fast import SPProjector
 from sp_fast.cli import app
-from sp_fast.compress import least_squares
 from sp_fast.compress.job import Compression
 from tests import tiny
+from tests.compact_forms import SMALL
 from tests.helpers import features_for, randomised
 
-SMALL = SPProjectorConfig(
-    grid=6, kernel_sizes=(2, 4, 6), detail_kernel=4, vision_width=16, spatial_width=8, text_width=24
-)
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +29,6 @@ def here(tmp_path_factory):
 
 def run(here, out, *words):
     return CliRunner().invoke(app, ["compress", str(here / "projector"), "--out", str(out), *map(str, words)])
-
-
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
-    """Of least squares, which have tests of their own."""
-    monkeypatch.setattr(least_squares, "STEPS", 2)
 
 
 def test_force_spares_what_is_read(here, tmp_path):

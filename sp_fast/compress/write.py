@@ -66,7 +66,7 @@ def _stored(projector: SPProjector) -> dict[str, StoredTensor]:
 def _write_beside(assembly: Assembly, path: Path, projector: SPProjector, folder: Path, name: str) -> None:
     """``folder`` is hidden until it takes its place, where it has this name."""
     config = copy.deepcopy(assembly.config)
-    config.projector_config = projector.config.to_dict()
+    config.take_projector(projector.config)
     config.save_pretrained(folder)
     assembly.generation.save_pretrained(folder)
     assembly.processor.save_pretrained(folder)
